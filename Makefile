@@ -1,0 +1,41 @@
+# make reproduce   run the walkthrough at full length: trains everything, refreshes data/ and figures/, prints the answers
+# make test        every test and every notebook, with shortened training (IBLLM_QUICK=1, set in conftest.py)
+# make check       the quick part of it: the tests without the notebooks
+# make lab         open the walkthrough in JupyterLab
+# make readme      write README.md from nbs/index.ipynb
+# Each needs only Python 3.10 or newer and git, and makes its own .venv on first use.
+
+PYTHON ?= python3
+BIN ?= .venv/bin
+README ?= README.md
+WALKTHROUGH := $(sort $(wildcard nbs/walkthrough/*.ipynb))
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: reproduce test check lab readme
+
+reproduce: .venv/.done
+	for notebook in $(WALKTHROUGH); do \
+	  IBLLM_QUICK=0 $(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.timeout=-1 \
+	    --ExecutePreprocessor.store_widget_state=False $$notebook || exit 1; \
+	done
+	$(BIN)/nbdev-clean
+	$(BIN)/python -m json.tool --no-ensure-ascii data/results/answers.json
+
+test: .venv/.done
+	$(BIN)/python -m pytest tests nbs --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
+	  --nbval-sanitize-with=tests/nbval_sanitize.cfg
+
+check: .venv/.done
+	$(BIN)/python -m pytest
+
+lab: .venv/.done
+	$(BIN)/jupyter lab $(firstword $(WALKTHROUGH))
+
+readme: .venv/.done
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | \
+	  sed -e 's#](\.\./#](#g' -e 's#="\.\./#="#g' -e '/./,$$!d' > $(README)
+
+.venv/.done: settings.ini setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@

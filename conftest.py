@@ -1,0 +1,58 @@
+"What every test and every tested notebook shares: quick training, no network, comparable notebook outputs."
+import hashlib
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("IBLLM_QUICK", "1")      # shortened training; kernels of tested notebooks inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are small: one thread is as fast, and repeatable
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def results():
+    "Digest of every file that full runs of the notebooks make, and that shortened ones must leave alone."
+    files = (file for folder in ("data", "figures") for file in Path(__file__).with_name(folder).rglob("*"))
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+
+
+def pytest_sessionstart(session):
+    if session.config.option.nbval_lax: session.config.results_before = results()
+
+
+def pytest_sessionfinish(session):
+    before, after = getattr(session.config, "results_before", None), results()
+    if before is None or before == after: return
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    session.config.get_terminal_writer().line(f"\nFAILED: the notebooks changed stored results: {changed}", red=True)
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_collection_modifyitems(items):
+    "nbdev-clean blanks execution counts, and nbval takes a cell without one for never run: give it the count 1."
+    for item in items:
+        cell = getattr(item, "cell", None)
+        if cell is None: continue
+        if cell.execution_count is None: cell.execution_count = 1
+        item.add_marker(pytest.mark.timeout(0))  # nbval has its own timeout for each cell
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    "An ordinary test that looks up or connects to another machine fails."
+    lookup, connect = socket.getaddrinfo, socket.socket.connect
+
+    def check(host):
+        if host not in (None, "", "localhost", "127.0.0.1", "::1"): pytest.fail(f"the test tried to reach {host!r}")
+
+    def guarded_lookup(host, *args, **kwargs):
+        check(host)
+        return lookup(host, *args, **kwargs)
+
+    def guarded_connect(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6): check(address[0])
+        return connect(self, address)
+
+    monkeypatch.setattr(socket, "getaddrinfo", guarded_lookup)
+    monkeypatch.setattr(socket.socket, "connect", guarded_connect)
