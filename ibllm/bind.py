@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['NORM_EPS', 'make_norm', 'BindBlock', 'BindNetwork']
 
-# %% ../nbs/03_bind.ipynb #6bf6d8f3
+# %% ../nbs/03_bind.ipynb #e9aef56f
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../nbs/03_bind.ipynb #177648ae
+# %% ../nbs/03_bind.ipynb #3cc043c9
 NORM_EPS = {"rms": 1e-6, "layer": 1e-5}
 
 
@@ -20,7 +20,7 @@ def make_norm(kind: str, width: int) -> nn.Module:
     layer = nn.RMSNorm if kind == "rms" else nn.LayerNorm
     return layer(width, eps=NORM_EPS[kind])
 
-# %% ../nbs/03_bind.ipynb #530944b3
+# %% ../nbs/03_bind.ipynb #91537fd7
 class BindBlock(nn.Module):
     """Residual SwiGLU block: `v + down(silu(gate(n)) * up(n))` with `n = norm(v)`, [B, H] → [B, H] (released code).
 
@@ -38,7 +38,7 @@ class BindBlock(nn.Module):
         n = self.norm(v)
         return v + self.down(F.silu(self.gate(n)) * self.up(n))
 
-# %% ../nbs/03_bind.ipynb #111a410c
+# %% ../nbs/03_bind.ipynb #441191a8
 class BindNetwork(nn.Module):
     """Maps features [B, feature_dim] to bind features [B, hidden_size], any float dtype (paper §3.2; released code).
 

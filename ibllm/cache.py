@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Retrieved', 'VisualCache']
 
-# %% ../nbs/05_cache.ipynb #019195d1
-import json, os
+# %% ../nbs/05_cache.ipynb #341888cd
+import json, math, os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +17,12 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/05_cache.ipynb #38002b29
+# %% ../nbs/05_cache.ipynb #aa90ac18
 def _check_features(features: Tensor, name: str, width: int | None = None) -> Tensor:
     "Detached float32 CPU copy of `features`, or one line saying what is wrong with them."
     if not torch.is_tensor(features) or features.ndim != 2:
-        raise ValueError(f"{name}: got {tuple(getattr(features, 'shape', ()))}, wants a tensor [B, {width or 'D'}]")
+        got = tuple(features.shape) if torch.is_tensor(features) else type(features).__name__
+        raise ValueError(f"{name}: got {got}, wants a tensor [B, {width or 'D'}]")
     if width and features.shape[1] != width:
         raise ValueError(f"{name}: got width {features.shape[1]}, wants {width}, the width of this memory")
     features = features.detach().float().cpu()
@@ -29,7 +30,7 @@ def _check_features(features: Tensor, name: str, width: int | None = None) -> Te
     if (features.norm(dim=1) == 0).any(): raise ValueError(f"{name}: got a zero vector, wants features of unit length")
     return features.contiguous()
 
-# %% ../nbs/05_cache.ipynb #4241462a
+# %% ../nbs/05_cache.ipynb #779f4569
 class Retrieved(NamedTuple):
     "What a memory answered to a batch of features."
     ids: Tensor  # [B, k] int64, rows of the memory, most similar first
@@ -37,7 +38,7 @@ class Retrieved(NamedTuple):
     weights: Tensor  # [B, k] softmax weights, each row sums to 1
     prototype: Tensor  # [B, D] unit vectors
 
-# %% ../nbs/05_cache.ipynb #a2b6bda3
+# %% ../nbs/05_cache.ipynb #f7a95fa5
 class VisualCache:
     """A memory of unit features that enhances other features without training (paper §3.4).
 
@@ -60,7 +61,7 @@ class VisualCache:
     def width(self) -> int: return self.index.d
     def __repr__(self): return f"VisualCache({len(self):,} features of width {self.width}, made from {self.made_from!r})"
 
-# %% ../nbs/05_cache.ipynb #2d940d85
+# %% ../nbs/05_cache.ipynb #92749196
 def _neighbours(cache: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
     "Ids [B, k] and vectors [B, k, D] of the `k` memories nearest to each checked row of `query`."
     if not isinstance(k, int) or not 1 <= k <= len(cache):
@@ -71,7 +72,7 @@ def _neighbours(cache: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tens
     if (ids < 0).any(): raise ValueError(f"k: the index found fewer than {k} neighbours; lower k or raise its nprobe")
     return torch.from_numpy(ids), torch.from_numpy(vectors)
 
-# %% ../nbs/05_cache.ipynb #49188cf7
+# %% ../nbs/05_cache.ipynb #9f2ab394
 @patch
 def search(self: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
     "Similarities and ids, both [B, k], of the `k` memories nearest to each row of `query` [B, D], most similar first."
@@ -79,11 +80,11 @@ def search(self: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids, vectors = _neighbours(self, checked, k)
     return torch.einsum("bd,bkd->bk", checked, vectors), ids
 
-# %% ../nbs/05_cache.ipynb #b1953ed9
+# %% ../nbs/05_cache.ipynb #3247eac5
 @patch
 def retrieve(self: VisualCache, feature: Tensor, k: int = 10, temperature: float = 20.0) -> Retrieved:
     "Neighbours of `feature` [B, D], their softmax weights at `temperature` ≥ 0, and the prototype they form."
-    if not temperature >= 0: raise ValueError(f"temperature: got {temperature}, wants a number of at least 0")
+    if not 0 <= temperature < math.inf: raise ValueError(f"temperature: got {temperature}, wants a number of at least 0")
     query = _check_features(feature, "feature", self.width)
     ids, vectors = _neighbours(self, query, k)
     similarities = torch.einsum("bd,bkd->bk", query, vectors)
@@ -91,7 +92,7 @@ def retrieve(self: VisualCache, feature: Tensor, k: int = 10, temperature: float
     prototype = F.normalize(torch.einsum("bk,bkd->bd", weights, vectors), dim=1)
     return Retrieved(ids, similarities, weights, prototype)
 
-# %% ../nbs/05_cache.ipynb #46385f06
+# %% ../nbs/05_cache.ipynb #9a3c13c5
 @patch
 def enhance(self: VisualCache, feature: Tensor, k: int = 10, temperature: float = 20.0, weight: float = 0.5) -> Tensor:
     """Move each `feature` [B, D] towards its `k` nearest memories: unit vectors [B, D], same dtype and device.
@@ -100,3 +101,41 @@ def enhance(self: VisualCache, feature: Tensor, k: int = 10, temperature: float 
     if not 0 <= weight <= 1: raise ValueError(f"weight: got {weight}, wants a number from 0 to 1")
     prototype = self.retrieve(feature, k, temperature).prototype.to(feature)
     return F.normalize((1 - weight) * feature + weight * prototype, dim=1)
+
+# %% ../nbs/05_cache.ipynb #7d0bb18f
+def _replace(path: Path, write):
+    "Call `write` on a temporary name beside `path`, then move the result into place."
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(str(temporary))
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)
+
+
+def _record_path(path: Path) -> Path: return path.with_name(path.name + ".json")
+
+# %% ../nbs/05_cache.ipynb #ad03dab9
+@patch
+def save(self: VisualCache, path: str | Path):
+    "Write the index to `path` and its record (count, width, made_from) to `path` + `.json`."
+    path = Path(path)
+    record = {"count": len(self), "width": self.width, "made_from": self.made_from}
+    _replace(path, lambda name: faiss.write_index(self.index, name))
+    _replace(_record_path(path), lambda name: Path(name).write_text(json.dumps(record, indent=1) + "\n"))
+
+# %% ../nbs/05_cache.ipynb #caa6047d
+@patch(cls_method=True)
+def load(cls: VisualCache, path: str | Path, mmap: bool = False) -> VisualCache:
+    """The memory saved at `path`, or any FAISS index file that can reconstruct its vectors; `mmap` leaves them in the file.
+
+    Raises FileNotFoundError, or ValueError for a file that is no FAISS index or does not fit its record."""
+    path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f"path: no file {str(path)!r}")
+    try: index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mmap else 0)
+    except RuntimeError as error: raise ValueError(f"path: {str(path)!r} is not a FAISS index") from error
+    if not _record_path(path).exists(): return cls(index, path.name)
+    record = json.loads(_record_path(path).read_text())
+    if (record["count"], record["width"]) != (index.ntotal, index.d):
+        raise ValueError(f"path: {str(path)!r} holds {index.ntotal} features of width {index.d}, its record says "
+                         f"{record['count']} of width {record['width']}")
+    return cls(index, record["made_from"])

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'gated_attention', 'enable_injection', 'value_states', 'GatedInjection']
 
-# %% ../nbs/04_llama.ipynb #00fc6d55
-import inspect
-from functools import wraps
+# %% ../nbs/04_llama.ipynb #c35bfe03
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -15,75 +14,103 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# %% ../nbs/04_llama.ipynb #69a8fb69
-ATTENTION = "gated_sdpa"
+# %% ../nbs/04_llama.ipynb #ab33fd83
+def _check_gated_values(values: Tensor, output: Tensor, depth: int):
+    "`values` [B, L ≤ depth, heads, head_dim] must fit an attention `output` [B, T, heads, head_dim]."
+    (batch, _, heads, head_dim), got = output.shape, tuple(values.shape)
+    if len(got) != 4 or got[0] != batch or got[2:] != (heads, head_dim):
+        raise ValueError(f"gated_values: got shape {got}, wants ({batch}, layers, {heads}, {head_dim})")
+    if got[1] > depth: raise ValueError(f"gated_values: got {got[1]} layers, wants at most {depth}, the decoder's depth")
+
+# %% ../nbs/04_llama.ipynb #d8d0200b
+ATTENTION = "gated_sdpa"  # our name in transformers' registries
 
 
 def gated_attention(module: nn.Module, query, key, value, attention_mask, gated_values: Tensor | None = None, **kwargs):
-    """PyTorch's scaled dot-product attention plus the layer's row of `gated_values` [B, L, heads, head_dim], on every token.
+    """Scaled dot-product attention plus the layer's row of `gated_values` [B, L, heads, head_dim], on every token.
 
-    The rows belong to the last L layers of the decoder. Without `gated_values` this is the plain attention."""
+    The L rows belong to the last L layers of the decoder. Without `gated_values` this is the plain attention."""
     output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # [B, T, heads, head_dim]
     if gated_values is None: return output, weights
-    row = module.layer_idx - (module.config.num_hidden_layers - gated_values.shape[1])
-    if row < 0: return output, weights
-    return output + gated_values[:, row, None].to(output), weights
+    depth = module.config.num_hidden_layers
+    _check_gated_values(gated_values, output, depth)
+    row = module.layer_idx - (depth - gated_values.shape[1])
+    return output if row < 0 else output + gated_values[:, row, None].to(output), weights
 
 
 AttentionInterface.register(ATTENTION, gated_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
-# %% ../nbs/04_llama.ipynb #b26bf2b7
-def _with_gated_values(forward):
-    "`forward` of a decoder with one more keyword argument, visible in its signature so that `generate` accepts it."
-    @wraps(forward)
-    def wrapped(self, *args, gated_values: Tensor | None = None, **kwargs):
-        return forward(self, *args, gated_values=gated_values, **kwargs)
-    signature = inspect.signature(forward)
-    argument = inspect.Parameter("gated_values", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None)
-    *named, rest = signature.parameters.values()
-    wrapped.__signature__ = signature.replace(parameters=[*named, argument, rest])
-    return wrapped
+# %% ../nbs/04_llama.ipynb #622259df
+class _TakesGatedValues:
+    "Mixed into a model's class: lets `generate` pass `gated_values` on to `forward`."
+    def _validate_model_kwargs(self, model_kwargs):
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name != "gated_values"})
 
-# %% ../nbs/04_llama.ipynb #588dd631
+
+@cache
+def _injectable(kind: type) -> type:
+    return type(kind.__name__, (_TakesGatedValues, kind), {"__module__": kind.__module__})
+
+
 def _base_model(llm: nn.Module) -> PreTrainedModel:
     "The Hugging Face model inside a PEFT wrapper, or `llm` itself."
     return llm.get_base_model() if hasattr(llm, "get_base_model") else llm
 
-# %% ../nbs/04_llama.ipynb #7769188b
-def enable_injection(llm: nn.Module) -> nn.Module:
-    """Let `llm` (a Hugging Face decoder, PEFT-wrapped or not) take `gated_values` in `forward` and `generate`; returns `llm`.
 
-    Only its attention function and its signature change: no weights, no hooks, no state. Calling it twice is harmless."""
+def _attentions(llm: nn.Module) -> list[nn.Module]:
+    "The attention modules of a decoder, first layer first."
+    return [getattr(layer, "self_attn", None) for layer in getattr(_base_model(llm).get_decoder(), "layers", [])]
+
+# %% ../nbs/04_llama.ipynb #a9ad6fea
+def enable_injection(llm: nn.Module) -> nn.Module:
+    """Let `llm`, a Hugging Face decoder (PEFT-wrapped or not), take `gated_values` in `forward` and `generate`; returns `llm`.
+
+    Changes the attention function's name and the class: no weight, no hook, no state. Doing it twice is harmless.
+    Raises ValueError for a model whose layers have no separate value projection `self_attn.v_proj`."""
     model = _base_model(llm)
-    if getattr(model.config, "_attn_implementation", None) == ATTENTION: return llm
-    model.set_attn_implementation(ATTENTION)
-    kind = type(model)
-    model.__class__ = type(kind.__name__, (kind,), {"forward": _with_gated_values(kind.forward), "__module__": kind.__module__})
+    attentions = _attentions(llm)
+    if not attentions or not all(hasattr(attention, "v_proj") for attention in attentions):
+        raise ValueError(f"llm: got {type(model).__name__}, wants a decoder whose layers have `self_attn.v_proj`")
+    if not isinstance(model, _TakesGatedValues):
+        model.set_attn_implementation(ATTENTION)
+        model.__class__ = _injectable(type(model))
     return llm
 
-# %% ../nbs/04_llama.ipynb #3d68237d
+# %% ../nbs/04_llama.ipynb #462350e6
+def _bare(projection: nn.Module) -> nn.Module:
+    "The linear layer inside a LoRA wrapper; refuses one whose LoRA was merged into it."
+    if getattr(projection, "merged", False):
+        raise ValueError("llm: got LoRA merged into `v_proj`, wants the bare value projection; call `unmerge_adapter()`")
+    return projection.get_base_layer() if hasattr(projection, "get_base_layer") else projection
+
+# %% ../nbs/04_llama.ipynb #cbced2c7
 def value_states(attention: nn.Module, x: Tensor) -> Tensor:
-    "The layer's frozen value projection of `x` [B, H], without LoRA and without bias: [B, heads, head_dim]."
-    projection = getattr(attention.v_proj, "base_layer", attention.v_proj)
-    values = projection(x.to(attention.o_proj.weight.device, projection.weight.dtype))
-    if projection.bias is not None: values = values - projection.bias
+    "Frozen value projection of `x` [B, H] without bias and LoRA, one row per query head: [B, heads, head_dim]."
+    projection = _bare(attention.v_proj)
+    weight, bias = projection.weight, projection.bias
+    values = projection(x.to(weight.dtype) if weight.is_floating_point() else x)
+    if bias is not None: values = values - bias
     values = values.unflatten(-1, (-1, attention.head_dim))
     return values.repeat_interleave(attention.num_key_value_groups, dim=1)
 
-# %% ../nbs/04_llama.ipynb #0ad4eb6a
+# %% ../nbs/04_llama.ipynb #5257e438
 class GatedInjection(nn.Module):
-    """Queries [layers, hidden_size] ~ N(0, 1) and gates [layers, num_heads] = 0 of the last `layers` decoder layers (default: all)."""
+    """Learned queries [layers, hidden_size] ~ N(0, 1) and gates [layers, num_heads] = 0 (paper §3.2; released code).
+
+    `layers` of the decoder's `num_layers` are injected, counted from the last one; None means all.
+    Raises ValueError if `layers` is not in 1 … `num_layers`."""
 
     def __init__(self, hidden_size: int, num_layers: int, num_heads: int, layers: int | None = None):
         super().__init__()
         layers = num_layers if layers is None else layers
-        if not 1 <= layers <= num_layers: raise ValueError(f"layers: got {layers}, wants 1 to {num_layers}, the decoder's depth")
+        if not 1 <= layers <= num_layers:
+            raise ValueError(f"layers: got {layers}, wants 1 to {num_layers}, the decoder's depth")
         self.queries = nn.Parameter(torch.randn(layers, hidden_size))
         self.gates = nn.Parameter(torch.zeros(layers, num_heads))
 
     def gated_values(self, bind_feature: Tensor, llm: nn.Module) -> Tensor:
-        "What `llm` adds in each layer for `bind_feature` [B, H]: one tensor [B, layers, heads, head_dim], batch first."
-        layers = _base_model(llm).get_decoder().layers[-len(self.queries):]
-        values = [value_states(layer.self_attn, bind_feature + query) for layer, query in zip(layers, self.queries)]
-        return torch.stack([v.to(self.gates) for v in values], dim=1) * torch.tanh(self.gates)[:, :, None]
+        "What `llm` adds in its last layers for `bind_feature` [B, H]: [B, layers, heads, head_dim], in the gates' dtype."
+        attentions = _attentions(llm)[-len(self.gates):]
+        values = [value_states(attention, bind_feature + query) for attention, query in zip(attentions, self.queries)]
+        return torch.stack([value.to(self.gates) for value in values], dim=1) * torch.tanh(self.gates)[:, :, None]

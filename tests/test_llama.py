@@ -1,0 +1,235 @@
+"The gated injection on LLaMA and on decoders with grouped heads, biases and sliding windows."
+import copy
+import threading
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config,
+                          Qwen2ForCausalLM)
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from ibllm.llama import GatedInjection, enable_injection
+
+SIZES = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6, initializer_range=0.3,
+             pad_token_id=0, bos_token_id=1, eos_token_id=2)
+DECODERS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "llama grouped, wide heads": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=3, head_dim=8)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=None)),
+}
+
+
+def make(name, seed=0):
+    torch.manual_seed(seed)
+    llm = DECODERS[name]().eval().requires_grad_(False)
+    for p_name, p in llm.named_parameters():
+        if p_name.endswith("bias"): p.data.normal_()
+    return llm
+
+
+def open_injection(layers=None):
+    torch.manual_seed(7)
+    injection = GatedInjection(24, 3, 6, layers)
+    torch.nn.init.normal_(injection.gates)
+    return injection
+
+
+@pytest.fixture(params=DECODERS, ids=lambda name: name.replace(" ", "_"))
+def name(request): return request.param
+
+
+IDS, BIND = torch.randint(3, 61, (3, 7), generator=torch.Generator().manual_seed(1)), torch.randn(3, 24, generator=torch.Generator().manual_seed(2))
+MASK = torch.ones_like(IDS)
+
+
+def logits_by_hand(llm, ids, injection, bind):
+    "The whole decoder written out, the injected value included; only weights are taken from `llm`."
+    model, config = llm.model, llm.config
+    x, skipped = model.embed_tokens(ids), config.num_hidden_layers - len(injection.gates)
+    rotary = model.rotary_emb(x, torch.arange(ids.shape[1])[None])
+    future = torch.full((ids.shape[1],) * 2, float("-inf")).triu(1)
+    for index, layer in enumerate(model.layers):
+        attention, normed = layer.self_attn, layer.input_layernorm(x)
+        q, k, v = (p(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+                   for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        groups = q.shape[1] // k.shape[1]
+        q, k = apply_rotary_pos_emb(q, k, *rotary)
+        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+        heads = torch.softmax(q @ k.mT * attention.head_dim ** -0.5 + future, dim=-1) @ v
+        if index >= skipped:
+            row = index - skipped
+            value = ((bind + injection.queries[row]) @ attention.v_proj.weight.T).unflatten(-1, (-1, attention.head_dim))
+            heads = heads + (injection.gates[row].tanh()[:, None] * value.repeat_interleave(groups, 1))[:, :, None]
+        x = x + attention.o_proj(heads.transpose(1, 2).flatten(2))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return llm.lm_head(model.norm(x))
+
+
+@torch.no_grad()
+def test_plain_and_zero_gates_are_bit_equal(name):
+    plain = make(name)
+    llm = enable_injection(copy.deepcopy(plain))
+    for mask in (None, torch.tensor([[0, 0] + [1] * 5, [1] * 7, [0] + [1] * 6])):
+        expected = plain(IDS, attention_mask=mask).logits
+        values = GatedInjection(24, 3, 6).gated_values(BIND, llm)
+        assert torch.equal(llm(IDS, attention_mask=mask).logits, expected)
+        assert torch.equal(llm(IDS, attention_mask=mask, gated_values=values).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [None, 1, 2])
+def test_random_gates_equal_the_decoder_by_hand(name, layers):
+    llm, injection = enable_injection(make(name)), open_injection(layers)
+    logits = llm(IDS, gated_values=injection.gated_values(BIND, llm)).logits
+    assert torch.allclose(logits, logits_by_hand(llm, IDS, injection, BIND), atol=2e-4, rtol=1e-4)
+    assert (logits - llm(IDS).logits).abs().max() > 0.5
+
+
+@torch.no_grad()
+def test_left_padded_row_equals_batch_of_one(name):
+    llm = enable_injection(make(name))
+    values = open_injection().gated_values(BIND, llm)
+    mask = MASK.clone()
+    mask[1, :3] = 0
+    options = dict(max_new_tokens=6, min_new_tokens=6)
+    together = llm.generate(IDS * mask, attention_mask=mask, gated_values=values, **options)
+    for row, start in enumerate((0, 3, 0)):
+        alone = llm.generate(IDS[row:row + 1, start:], attention_mask=MASK[row:row + 1, start:], gated_values=values[row:row + 1], **options)
+        assert torch.equal(together[row, 7:], alone[0, 7 - start:])
+
+
+@torch.no_grad()
+def test_cached_generation_equals_full_recomputation(name):
+    llm = enable_injection(make(name))
+    values, options = open_injection().gated_values(BIND, llm), dict(max_new_tokens=8, min_new_tokens=8)
+    cached = llm.generate(IDS, attention_mask=MASK, gated_values=values, **options)
+    assert torch.equal(cached, llm.generate(IDS, attention_mask=MASK, gated_values=values, use_cache=False, **options))
+    assert not torch.equal(cached, llm.generate(IDS, attention_mask=MASK, **options))
+
+
+@torch.no_grad()
+def test_beams_and_several_answers_follow_their_row(name):
+    llm = enable_injection(make(name))
+    values = open_injection().gated_values(BIND, llm)
+    options = dict(max_new_tokens=5, min_new_tokens=5, num_beams=3, num_return_sequences=2)
+    together = llm.generate(IDS, attention_mask=MASK, gated_values=values, **options)
+    for row in range(3):
+        alone = llm.generate(IDS[row:row + 1], attention_mask=MASK[:1], gated_values=values[row:row + 1], **options)
+        assert torch.equal(together[2 * row:2 * row + 2], alone)
+    torch.manual_seed(0)
+    assert llm.generate(IDS, attention_mask=MASK, gated_values=values, do_sample=True, num_return_sequences=4, max_new_tokens=2).shape == (12, 9)
+
+
+def lora(llm, **options):
+    torch.manual_seed(3)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
+    return get_peft_model(llm, LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False, **options))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("enable_first", [True, False])
+def test_lora_does_not_touch_the_injected_values(name, enable_first):
+    bare, injection = make(name), open_injection()
+    expected = injection.gated_values(BIND, bare)
+    llm = lora(enable_injection(bare)) if enable_first else enable_injection(lora(bare))
+    assert torch.equal(injection.gated_values(BIND, llm), expected)
+    with_lora = llm(IDS, gated_values=expected).logits
+    with llm.disable_adapter(): without_lora = llm(IDS, gated_values=expected).logits
+    assert not torch.allclose(with_lora, without_lora, atol=0.1)
+    assert torch.allclose(without_lora, enable_injection(make(name))(IDS, gated_values=expected).logits, atol=1e-5)
+    assert llm.generate(input_ids=IDS, attention_mask=MASK, gated_values=expected.detach(), max_new_tokens=2, num_beams=2).shape[0] == 3
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_what_learns_and_nothing_else(checkpointing):
+    llm, injection, bind = lora(enable_injection(make("qwen2"))), open_injection(), BIND.clone().requires_grad_()
+
+    def gradients():
+        llm.zero_grad(), injection.zero_grad()
+        bind.grad = None
+        llm(IDS, labels=IDS, gated_values=injection.gated_values(bind, llm)).loss.backward()
+        return [bind.grad.clone(), injection.gates.grad.clone(), injection.queries.grad.clone()]
+
+    plain = gradients()
+    assert all(g.abs().sum(-1).min() > 0 for g in plain)
+    assert all(p.grad is None for n, p in llm.named_parameters() if "lora" not in n)
+    if checkpointing:
+        llm.train()
+        llm.gradient_checkpointing_enable()
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, gradients()))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_merged_lora_is_refused():
+    llm = lora(make("llama"))
+    llm.merge_adapter()
+    with pytest.raises(ValueError, match="^llm: got LoRA merged into `v_proj`"): open_injection().gated_values(BIND, llm)
+
+
+@torch.no_grad()
+def test_threads_do_not_see_each_other():
+    llm = enable_injection(make("llama"))
+    values = open_injection().gated_values(BIND, llm)
+    expected, results = [llm(IDS[i:i + 1], gated_values=values[i:i + 1]).logits for i in range(3)], {}
+
+    def work(i):
+        for _ in range(20): results[i] = torch.no_grad()(llm)(IDS[i:i + 1], gated_values=values[i:i + 1]).logits
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert all(torch.equal(results[i], expected[i]) for i in range(3))
+
+
+@torch.no_grad()
+def test_saved_model_is_an_ordinary_one(tmp_path):
+    llm = enable_injection(make("qwen2"))
+    llm.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is Qwen2ForCausalLM and again.config._attn_implementation == "sdpa"
+    assert isinstance(llm, Qwen2ForCausalLM) and llm.config.architectures == ["Qwen2ForCausalLM"]
+    assert torch.equal(again(IDS).logits, llm(IDS).logits)
+
+
+@torch.no_grad()
+def test_copies_and_repeated_enabling_are_independent():
+    llm = enable_injection(enable_injection(make("llama")))
+    twin = copy.deepcopy(llm)
+    values = open_injection().gated_values(BIND, llm)
+    expected = llm(IDS, gated_values=values).logits
+    twin.lm_head.weight.zero_()
+    assert torch.equal(llm(IDS, gated_values=values).logits, expected)
+    assert not twin(IDS, gated_values=values).logits.any()
+    assert twin.generate(IDS, attention_mask=MASK, gated_values=values, max_new_tokens=1).shape == (3, 8)
+
+
+@torch.no_grad()
+def test_bfloat16_model_with_float32_adapter():
+    llm, injection = enable_injection(make("llama").bfloat16()), open_injection()
+    values = injection.gated_values(BIND, llm)
+    assert values.dtype == torch.float32
+    assert llm(IDS, gated_values=values).logits.dtype == torch.bfloat16
+    exact = injection.gated_values(BIND, make("llama"))
+    assert torch.allclose(values, exact, atol=0.05, rtol=0.05)
+
+
+def test_misspelt_arguments_are_still_refused():
+    with pytest.raises(ValueError, match="gated_vales"): enable_injection(make("llama")).generate(IDS, gated_vales=BIND)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 6, 4), (3, 3, 5, 4), (3, 3, 6, 8), (3, 6, 4)])
+def test_wrong_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match="^gated_values: got shape .*, wants \\(3, layers, 6, 4\\)$"):
+        enable_injection(make("llama"))(IDS, gated_values=torch.ones(shape))
+
+
+def test_more_rows_than_layers_are_refused():
+    with pytest.raises(ValueError, match="^gated_values: got 4 layers, wants at most 3"):
+        enable_injection(make("llama"))(IDS, gated_values=torch.ones(3, 4, 6, 4))
+
+
+@pytest.mark.parametrize("layers", [0, 4, -1])
+def test_wrong_number_of_layers_is_refused(layers):
+    with pytest.raises(ValueError, match=f"^layers: got {layers}, wants 1 to 3"): GatedInjection(24, 3, 6, layers)
