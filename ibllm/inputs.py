@@ -7,8 +7,8 @@ __all__ = ['LOADERS', 'PictureConfig', 'SoundTextConfig', 'SensorConfig', 'Input
            'mel_filters', 'log_mel', 'resample', 'audio_clips', 'load_audio', 'clip_frames', 'load_video', 'load_text',
            'load_point', 'load_depth', 'load_thermal', 'load_imu', 'Processor']
 
-# %% ../nbs/01_inputs.ipynb #89d77b5d
-import html, io, math, os, warnings, zipfile
+# %% ../nbs/01_inputs.ipynb #c8de0e3e
+import html, io, math, os, re, warnings, zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache, wraps
@@ -19,9 +19,9 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import trimesh
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-# %% ../nbs/01_inputs.ipynb #2c9a8ba7
+# %% ../nbs/01_inputs.ipynb #17de3d8b
 @dataclass(frozen=True)
 class PictureConfig:
     "Image and video."
@@ -33,7 +33,7 @@ class PictureConfig:
     video_frames: int = 2          # taken from each clip: the first, ..., the last
     video_crops: int = 3           # 3 along the long side, or 1 in the centre
 
-# %% ../nbs/01_inputs.ipynb #1e48101a
+# %% ../nbs/01_inputs.ipynb #9bf915db
 @dataclass(frozen=True)
 class SoundTextConfig:
     "Audio and text."
@@ -51,7 +51,7 @@ class SoundTextConfig:
     text_length: int = 77          # ids, start and end included
     released_text: bool = False    # treat long texts and typed special tokens as the released tokenizer does
 
-# %% ../nbs/01_inputs.ipynb #1d601beb
+# %% ../nbs/01_inputs.ipynb #3e0731a4
 @dataclass(frozen=True)
 class SensorConfig:
     "Point clouds, depth, heat and motion."
@@ -73,7 +73,7 @@ class SensorConfig:
     imu_samples: int = 2000
     imu_seconds: float = 5.0
 
-# %% ../nbs/01_inputs.ipynb #5d480b8e
+# %% ../nbs/01_inputs.ipynb #9f97fa6f
 @dataclass(frozen=True)
 class InputConfig(PictureConfig, SoundTextConfig, SensorConfig):
     "Every size, rate and unit of the inputs; the defaults are the published system's."
@@ -84,18 +84,19 @@ class InputConfig(PictureConfig, SoundTextConfig, SensorConfig):
             if isinstance(value, list): object.__setattr__(self, field.name, tuple(value))
         if self.video_crops not in (1, 3): raise ValueError(f"video_crops: got {self.video_crops}; expected 1 or 3")
 
-# %% ../nbs/01_inputs.ipynb #e76cfac5
+# %% ../nbs/01_inputs.ipynb #2fa05a4c
 class InputError(ValueError):
     "A source that cannot be used. One line: its name, what was found, what is wanted."
 
-# %% ../nbs/01_inputs.ipynb #9417fe2a
+# %% ../nbs/01_inputs.ipynb #0cc0db2d
 @contextmanager
 def _reading(name, wanted):
     "Turn whatever a library raises about a file into one line that names it."
     try: yield
     except InputError: raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = re.split(r"(?<=[a-z])\. ", " ".join(reason.split()))[0][:160]
         raise InputError(f"{name}: cannot be read as {wanted} ({reason})") from None
 
 
@@ -104,7 +105,7 @@ def _name(source):
     if isinstance(source, (str, os.PathLike)): return os.fspath(source)
     return str(getattr(source, "name", f"<{type(source).__name__}>"))
 
-# %% ../nbs/01_inputs.ipynb #2fb7fcfc
+# %% ../nbs/01_inputs.ipynb #da9e8704
 @contextmanager
 def _opened(source, wanted):
     "(name for messages, seekable binary file) of a path, an open file or bytes."
@@ -127,8 +128,10 @@ def _opened(source, wanted):
     finally:
         if file is not source: file.close()
 
-# %% ../nbs/01_inputs.ipynb #79b3f6d0
-MAX_BYTES = 256 * 2**20  # of a file that is read at once, and of what an archive unpacks to
+# %% ../nbs/01_inputs.ipynb #8ba37780
+MAX_BYTES = 128 * 2**20  # of a file that is read at once, and of what an archive unpacks to
+MAX_PIXELS = 2**25       # of one video frame or map
+MAX_ASPECT = 50          # long side over short side
 
 
 def _read_bytes(source, wanted):
@@ -146,7 +149,26 @@ def _array(source):
         return (source.float() if source.dtype == torch.bfloat16 else source).numpy()
     return source if isinstance(source, np.ndarray) else None
 
-# %% ../nbs/01_inputs.ipynb #ed527969
+
+def _check_sides(name, height, width, most=math.inf):
+    "Refuse pictures whose short side could not be scaled, or that are too large."
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise InputError(f"{name}: {width} x {height} pixels; one side may be {MAX_ASPECT} times the other at most")
+    if height * width > most: raise InputError(f"{name}: {width} x {height} pixels; expected {most >> 20} million at most")
+
+# %% ../nbs/01_inputs.ipynb #bc3e54dc
+def _with_rate(source, rate):
+    "(source, rate) of a source that may be a pair; `rate` where it is not."
+    if not isinstance(source, tuple): return source, rate
+    if len(source) != 2: raise InputError(f"got a tuple of {len(source)}; expected (array, rate)")
+    return source
+
+
+def _check_rate(name, rate, low, high):
+    if not isinstance(rate, (int, float, np.number)) or not low <= rate <= high:
+        raise InputError(f"{name}: a rate of {rate!r}; expected {low:,} to {high:,} per second")
+
+# %% ../nbs/01_inputs.ipynb #316dfa7b
 def _lists(load):
     "Let a loader take a list: its items are loaded one by one and joined."
     @wraps(load)
@@ -157,8 +179,9 @@ def _lists(load):
     return load_each
 
 
-def _in_slices(convert, batch, size=256):
-    "`convert(batch)`, slice by slice."
+def _in_slices(convert, batch):
+    "`convert(batch)`, some million numbers at a time."
+    size = max(2**22 // batch[0].size, 1)
     first = convert(batch[:size])
     if len(batch) <= size: return first
     whole = first.new_empty(len(batch), *first.shape[1:])
@@ -166,24 +189,25 @@ def _in_slices(convert, batch, size=256):
     for i in range(size, len(batch), size): whole[i:i + size] = convert(batch[i:i + size])
     return whole
 
-# %% ../nbs/01_inputs.ipynb #ea11808c
-MAX_ASPECT = 50  # long side over short side
+# %% ../nbs/01_inputs.ipynb #719208c2
+def _open_picture(name, data, wanted):
+    "The PIL image of a file's contents, not yet decoded. EPS is left out: reading it means running a program."
+    Image.init()
+    with _reading(name, wanted), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try: return Image.open(io.BytesIO(data), formats=[kind for kind in Image.ID if kind != "EPS"])
+        except UnidentifiedImageError: raise ValueError("no known picture format") from None
 
 
-def _read_picture(source, wanted):
-    "(name, decoded and upright PIL image in its own mode)."
-    name, data = (_name(source), None) if isinstance(source, Image.Image) else _read_bytes(source, wanted)
+def _decode_picture(name, image, wanted):
+    "The picture upright, in its own mode."
+    _check_sides(name, image.height, image.width)
     with _reading(name, wanted), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = source if data is None else Image.open(io.BytesIO(data))
         image.load()
-        image = ImageOps.exif_transpose(image)
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise InputError(f"{name}: {image.width} x {image.height} pixels; a side may be {MAX_ASPECT} times the other at most")
-    return name, image
+        return ImageOps.exif_transpose(image)
 
-# %% ../nbs/01_inputs.ipynb #2ddcf739
+# %% ../nbs/01_inputs.ipynb #199e6ea0
 def _to_rgb(image):
     "RGB with 8 bits: 16-bit grey is scaled, alpha is dropped."
     if image.mode.startswith("I"):
@@ -204,7 +228,7 @@ def _uint8(pixels):
     if pixels.dtype.kind in "iu" and 0 <= low <= high <= 255: return pixels.astype(np.uint8)
     raise InputError(f"pixels of {pixels.dtype} from {low} to {high}; expected uint8, uint16, or floats in [0, 1]")
 
-# %% ../nbs/01_inputs.ipynb #2303608a
+# %% ../nbs/01_inputs.ipynb #f4dd43da
 def _scaled(height, width, size):
     "(height, width) with the short side at `size`, the long side rounded down."
     return (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
@@ -229,7 +253,7 @@ def _pixel_tensor(pixels, config):
     x = torch.from_numpy(np.array(pixels)).movedim(-1, 1)
     return _normalize_rgb(x.to(torch.float32, memory_format=torch.contiguous_format).div_(255), config)
 
-# %% ../nbs/01_inputs.ipynb #961c5287
+# %% ../nbs/01_inputs.ipynb #d1539100
 def _image_array(pixels):
     "uint8 [B, H, W, 3] of an array of pictures."
     shape = pixels.shape
@@ -239,9 +263,20 @@ def _image_array(pixels):
     if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3, 4) or 0 in shape:
         hint = ": channels go last" if len(shape) > 2 and shape[-3] in (1, 3) else ""
         raise InputError(f"image array of shape {shape}; expected [H, W], [H, W, 3] or [B, H, W, 3]{hint}")
+    _check_sides("image array", *pixels.shape[1:3])
     return np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels[..., :3]
 
-# %% ../nbs/01_inputs.ipynb #f9681ae0
+# %% ../nbs/01_inputs.ipynb #de664c7b
+def _read_image(source, size):
+    "uint8 [size, size, 3] of a file or PIL image."
+    name, image = "PIL image", source
+    if not isinstance(source, Image.Image):
+        name, data = _read_bytes(source, "a picture")
+        image = _open_picture(name, data, "a picture")
+    image = _decode_picture(name, image, "a picture")
+    with _reading(name, "a picture"): return _fit_picture(_to_rgb(image), size)
+
+# %% ../nbs/01_inputs.ipynb #1c504ddb
 @_lists
 def load_image(source, config=InputConfig()):
     """Pictures as normalised float32 [B, 3, image_size, image_size].
@@ -253,15 +288,12 @@ def load_image(source, config=InputConfig()):
         ValueError: not a picture, damaged, too large or too long; an array of another shape or range.
     """
     pixels = _array(source)
-    if pixels is None:
-        name, image = _read_picture(source, "a picture")
-        with _reading(name, "a picture"): pixels = _fit_picture(_to_rgb(image), config.image_size)[None]
-    pixels = _image_array(pixels)
+    pixels = _image_array(_read_image(source, config.image_size) if pixels is None else pixels)
     if pixels.shape[1:3] != (config.image_size,) * 2:
         pixels = np.stack([_fit_picture(Image.fromarray(np.ascontiguousarray(p)), config.image_size) for p in pixels])
     return _in_slices(lambda part: _pixel_tensor(part, config), pixels)
 
-# %% ../nbs/01_inputs.ipynb #9d1399fd
+# %% ../nbs/01_inputs.ipynb #b0177cc1
 @lru_cache
 def mel_filters(bins, fft_size, rate, low_hz, high_hz):
     "Triangular filters, float32 [bins, fft_size / 2], equally spaced and linear in mel (released code)."
@@ -272,10 +304,10 @@ def mel_filters(bins, fft_size, rate, low_hz, high_hz):
     rising, falling = (position - left) / (centre - left), (right - position) / (right - centre)
     return torch.minimum(rising, falling).clamp(min=0).float()
 
-# %% ../nbs/01_inputs.ipynb #985d4cad
+# %% ../nbs/01_inputs.ipynb #9392532b
 def _samples(ms, config): return round(config.audio_rate * ms / 1000)
 
-# %% ../nbs/01_inputs.ipynb #06dd7bad
+# %% ../nbs/01_inputs.ipynb #c42aca4b
 def log_mel(waves, config=InputConfig()):
     """Log energies of a Kaldi filter bank, float32 [..., frames, mel bins] of waves [..., samples] at `audio_rate`.
 
@@ -292,7 +324,7 @@ def log_mel(waves, config=InputConfig()):
     power = spectrum.real.square() + spectrum.imag.square()
     return (power[..., :-1] @ filters.T).clamp(min=2**-23).log()
 
-# %% ../nbs/01_inputs.ipynb #35fa2755
+# %% ../nbs/01_inputs.ipynb #6a16280a
 def _sinc_weights(step, phases, zeros, rolloff):
     "Which old samples [phases, taps], relative to a block's start, make the new ones, and their weights."
     cutoff = rolloff * min(step, phases) / step
@@ -303,7 +335,7 @@ def _sinc_weights(step, phases, zeros, rolloff):
     window = torch.cos(offset * math.pi / zeros / 2).square()
     return taps, (torch.sinc(offset) * window * cutoff).float()
 
-# %% ../nbs/01_inputs.ipynb #a1952eea
+# %% ../nbs/01_inputs.ipynb #e55d34df
 def resample(waves, from_rate, to_rate, start=0, count=None, zeros=6, rolloff=0.99):
     """Band-limited resampling of float32 [..., samples] to [..., `count`], from new sample `start` on; None: to the end.
 
@@ -325,7 +357,7 @@ def resample(waves, from_rate, to_rate, start=0, count=None, zeros=6, rolloff=0.
         pieces.append((needed[..., old] * weights[moment % phases]).sum(-1))
     return torch.cat(pieces, -1)
 
-# %% ../nbs/01_inputs.ipynb #705e702f
+# %% ../nbs/01_inputs.ipynb #8a80e76d
 def audio_clips(waves, rate, config=InputConfig()):
     """`audio_clips` evenly spaced clips of waves [B, samples] without their means, [B, clips, samples] at `audio_rate`.
 
@@ -337,7 +369,7 @@ def audio_clips(waves, rate, config=InputConfig()):
     clips = torch.stack([resample(waves, rate, config.audio_rate, start, length) for start in starts], 1)
     return clips - clips.mean(-1, keepdim=True)
 
-# %% ../nbs/01_inputs.ipynb #49ec3589
+# %% ../nbs/01_inputs.ipynb #bd7c507d
 def _log_mel_clips(name, waves, rate, config):
     "[B, clips, 1, mel bins, frames] of [B, samples]."
     clips, frame = audio_clips(waves, rate, config), _samples(config.audio_frame_ms, config)
@@ -347,49 +379,62 @@ def _log_mel_clips(name, waves, rate, config):
     x = F.pad(x, (0, config.audio_frames - x.shape[-1]))
     return ((x - config.audio_mean) / config.audio_std).unsqueeze(2).contiguous()
 
-# %% ../nbs/01_inputs.ipynb #e14e59b0
+# %% ../nbs/01_inputs.ipynb #a97cf35f
 MAX_SAMPLES = 30 * 60 * 48_000  # of one sound: half an hour at 48 kHz
 SAFE = {"protocol_whitelist": "pipe"}
 
 
-def _check_length(name, samples, rate):
-    if not 1000 <= rate <= 768_000 or rate != int(rate): raise InputError(f"{name}: {rate} Hz; expected 1,000 to 768,000 Hz")
-    if samples > MAX_SAMPLES: raise InputError(f"{name}: {samples / rate:.0f} s at {rate} Hz; cut it to {MAX_SAMPLES / rate:.0f} s")
+def _check_sound(name, samples, rate):
+    _check_rate(name, rate, 1000, 768_000)
+    if rate != int(rate): raise InputError(f"{name}: a rate of {rate}; expected a whole number")
+    if samples > MAX_SAMPLES: raise InputError(f"{name}: {samples / rate:.0f} s at {rate} Hz; cut it to {MAX_SAMPLES // rate} s")
 
 
-def _read_wave(name, file):
-    "(float32 [samples] of the first channel, rate) by libsndfile."
+def _check_whole(name, found, claimed, slack):
+    if found + slack < claimed: raise InputError(f"{name}: cut off after {found:g} of {claimed:g} s; give a whole sound")
+
+# %% ../nbs/01_inputs.ipynb #6f7638dd
+def _read_wave(name, file, claimed):
+    "(float32 [samples] of the first channel, rate) by libsndfile, of a file that claims so many bytes."
+    start = file.tell()
+    if 0 < claimed - (file.seek(0, 2) - start) < 2**32 - 2**20: raise InputError(f"{name}: cut off; the file claims {claimed} bytes")
+    file.seek(start)
     with soundfile.SoundFile(file) as sound:
-        _check_length(name, sound.frames, sound.samplerate)
+        _check_sound(name, sound.frames, sound.samplerate)
         if sound.channels > 64: raise InputError(f"{name}: {sound.channels} channels; expected 64 at most")
         pieces = [block[:, 0].copy() for block in sound.blocks(2**16, dtype="float32", always_2d=True)]
         wave = np.concatenate([np.zeros(0, np.float32), *pieces])
-        if len(wave) < sound.frames: raise InputError(f"{name}: ends after {len(wave)} of {sound.frames} samples; give a whole file")
+        _check_whole(name, len(wave) / sound.samplerate, sound.frames / sound.samplerate, 0)
         return wave, sound.samplerate
 
-# %% ../nbs/01_inputs.ipynb #06713ef9
+
 def _read_track(name, file):
     "(float32 [samples] of the first channel, rate) of the first sound track, by PyAV."
     with _reading(name, "a sound"), av.open(file, options=SAFE) as container:
         if not container.streams.audio: raise InputError(f"{name}: has no sound track; give a sound, or a video with one")
-        planar, pieces, samples = av.AudioResampler(format="fltp"), [], 0
-        for frame in container.decode(container.streams.audio[0]):
+        stream, planar, pieces, samples = container.streams.audio[0], av.AudioResampler(format="fltp"), [], 0
+        for frame in container.decode(stream):
             rate, samples = frame.sample_rate, samples + frame.samples
-            _check_length(name, samples, rate)
+            _check_sound(name, samples, rate)
             pieces += [piece.to_ndarray()[0] for piece in planar.resample(frame)]
         if not pieces: raise InputError(f"{name}: its sound track is empty; give a sound")
+        _check_whole(name, samples / rate, float((stream.duration or 0) * stream.time_base), 0.2)
         return np.concatenate(pieces), rate
 
-
+# %% ../nbs/01_inputs.ipynb #05f0332b
 def _read_sound(source):
     "(name, float32 [samples] of the first channel, rate)."
     with _opened(source, "a sound") as (name, file):
         start = file.tell()
-        try: return name, *_read_wave(name, file)
-        except soundfile.LibsndfileError: file.seek(start)
+        head = file.read(8)
+        file.seek(start)
+        claimed = int.from_bytes(head[4:], "little") + 8 if head[:4] == b"RIFF" else 0
+        if head[:4] in (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM"):
+            try: return name, *_read_wave(name, file, claimed)
+            except soundfile.LibsndfileError: file.seek(start)
         return name, *_read_track(name, file)
 
-# %% ../nbs/01_inputs.ipynb #419bac34
+# %% ../nbs/01_inputs.ipynb #6641675f
 def _sound_array(array):
     "float32 [B, samples] of [samples], [B, samples] or [B, channels, samples]."
     if array.ndim not in (1, 2, 3) or 0 in array.shape:
@@ -406,7 +451,7 @@ def _check_waves(name, waves):
     if max(-low, high) > 10:
         raise InputError(f"{name}: samples up to {max(-low, high):g}; expected [-1, 1]: these look like integers, divide by 32768")
 
-# %% ../nbs/01_inputs.ipynb #0d07aef1
+# %% ../nbs/01_inputs.ipynb #e0b74c62
 @_lists
 def load_audio(source, config=InputConfig()):
     """Sounds as normalised log-mel clips, float32 [B, clips, 1, mel bins, frames].
@@ -415,20 +460,21 @@ def load_audio(source, config=InputConfig()):
         source: a path, an open file or bytes of wav, flac, ogg, mp3, m4a or a video with sound; an array [samples],
             [B, samples] or [B, channels, samples] in [-1, 1] at `audio_rate`; (array, rate in Hz); or a list of these.
     Raises:
-        ValueError: no sound track, damaged, shorter than one frame, too long, or out of range.
+        ValueError: no sound track, damaged or cut off, shorter than one frame, too long, or out of range.
+        TypeError: a file with a rate.
     """
-    source, rate = source if isinstance(source, tuple) else (source, config.audio_rate)
-    array = _array(source)
+    sound, rate = _with_rate(source, config.audio_rate)
+    name, array = "audio array", _array(sound)
     if array is None:
-        name, wave, rate = _read_sound(source)
-        array = wave[None]
-        if not len(wave): raise InputError(f"{name}: holds no samples; give a sound")
-    else: name, array = "audio array", _sound_array(array)
-    _check_length(name, array.shape[-1], rate)
+        if sound is not source: raise TypeError(f"{_name(sound)}: a file knows its rate; give it without one")
+        name, array, rate = _read_sound(source)
+        if not len(array): raise InputError(f"{name}: holds no samples; give a sound")
+    array = _sound_array(array)
+    _check_sound(name, array.shape[-1], rate)
     _check_waves(name, array)
     return _in_slices(lambda part: _log_mel_clips(name, torch.from_numpy(np.array(part)), int(rate), config), array)
 
-# %% ../nbs/01_inputs.ipynb #7571ce6a
+# %% ../nbs/01_inputs.ipynb #58fdeb8a
 def clip_frames(times, duration, config=InputConfig()):
     """Which frames the encoder sees: indices [clips, video_frames] into `times`, the sorted starts of frames in seconds.
 
@@ -442,7 +488,7 @@ def clip_frames(times, duration, config=InputConfig()):
     share = np.linspace(0, 1, config.video_frames)
     return (first[:, None] + np.floor(share * (last - first)[:, None] + 1e-9)).astype(int)
 
-# %% ../nbs/01_inputs.ipynb #7c282c0a
+# %% ../nbs/01_inputs.ipynb #e3d8b16c
 def _video_tensor(pixels, config):
     "Normalised float32 [B, clips * crops, 3, frames, size, size] of uint8 [B, clips * frames, H, W, 3]."
     batch, _, height, width, _ = pixels.shape
@@ -457,11 +503,12 @@ def _video_tensor(pixels, config):
     along = -1 if height <= width else -2
     return torch.stack([x.narrow(along, start, size) for start in starts], 2).flatten(1, 2)
 
-# %% ../nbs/01_inputs.ipynb #d3c1be14
+# %% ../nbs/01_inputs.ipynb #a930016e
 def _video_stream(name, container):
     "The first stream of moving pictures; a sound file's cover does not count."
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not streams: raise InputError(f"{name}: has no video stream; give a video")
+    _check_sides(name, streams[0].codec_context.height or 1, streams[0].codec_context.width or 1, MAX_PIXELS)
     streams[0].thread_type = "AUTO"
     return streams[0]
 
@@ -475,8 +522,7 @@ def _frame_times(name, container, stream):
     keys = np.array([start for start, _, key in packets if key] or starts[:1])
     return starts, keys, float((starts[-1] + last - starts[0]) * stream.time_base)
 
-# %% ../nbs/01_inputs.ipynb #9d7d07ca
-MAX_PIXELS = 2**25  # of one frame
+# %% ../nbs/01_inputs.ipynb #e56ced8f
 MAX_DECODED = 2**32  # pixels, of all frames that must be decoded to reach the wanted ones
 
 
@@ -490,14 +536,13 @@ def _decode(name, container, stream, wanted, keys):
             frames = container.decode(stream)
         for frame in frames:
             spent, position = spent + frame.width * frame.height, frame.pts
-            if spent > MAX_DECODED or frame.width * frame.height > MAX_PIXELS:
-                raise InputError(f"{name}: {frame.width} x {frame.height} pixels, {len(found)} frames found; give a smaller or shorter video")
+            if spent > MAX_DECODED: raise InputError(f"{name}: more than {spent >> 20} million pixels to decode; give a smaller video")
             if position >= start: break
         else: raise InputError(f"{name}: damaged or cut off at {float(start * stream.time_base):.2f} s; give a whole video")
         found[start] = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
     return found
 
-# %% ../nbs/01_inputs.ipynb #f0fdd537
+# %% ../nbs/01_inputs.ipynb #d47f67dd
 def _read_video(source, config):
     "uint8 [clips * frames, H, W, 3]: the wanted frames of a file."
     with _opened(source, "a video") as (name, file), _reading(name, "a video"), av.open(file, options=SAFE) as container:
@@ -506,22 +551,20 @@ def _read_video(source, config):
         seconds = (starts - starts[0]) * float(stream.time_base)
         wanted = starts[clip_frames(seconds, duration, config).flatten()].tolist()
         found = _decode(name, container, stream, sorted(set(wanted)), keys)
-        frames = np.stack([found[start] for start in wanted])
-    if max(frames.shape[1:3]) > MAX_ASPECT * min(frames.shape[1:3]):
-        raise InputError(f"{name}: frames of {frames.shape[2]} x {frames.shape[1]} pixels; a side may be {MAX_ASPECT} times the other at most")
-    return frames
+        return np.stack([found[start] for start in wanted])
 
-# %% ../nbs/01_inputs.ipynb #e790d8d6
+# %% ../nbs/01_inputs.ipynb #82f3a17d
 def _video_array(pixels, fps):
     "uint8 [B, T, H, W, 3] of an array of frames."
     array = _array(pixels)
     found = type(pixels).__name__ if array is None else f"{array.dtype} of shape {array.shape}"
     if array is None or array.ndim not in (4, 5) or array.shape[-1] != 3 or array.dtype != np.uint8 or 0 in array.shape:
         raise InputError(f"video array: got {found}; expected uint8 [T, H, W, 3] or [B, T, H, W, 3]")
-    if not 0 < fps < 1e5: raise InputError(f"video array: got {fps} frames per second; expected more than 0")
+    _check_rate("video array", fps, 0.001, 100_000)
+    _check_sides("video array", *array.shape[-3:-1], MAX_PIXELS)
     return array if array.ndim == 5 else array[None]
 
-# %% ../nbs/01_inputs.ipynb #462504ed
+# %% ../nbs/01_inputs.ipynb #e195f9f7
 @_lists
 def load_video(source, config=InputConfig()):
     """Videos as normalised float32 [B, clips * crops, 3, frames, image_size, image_size], clip by clip. Sound is ignored.
@@ -533,20 +576,27 @@ def load_video(source, config=InputConfig()):
         ValueError: no video stream, damaged, too large; an array of another shape or type.
         TypeError: an array without its frames per second.
     """
-    if not isinstance(source, tuple):
+    film, fps = _with_rate(source, None)
+    if film is source:
         if _array(source) is not None: raise TypeError("video array: got no frames per second; give (array, fps)")
         return _video_tensor(_read_video(source, config)[None], config)
-    pixels, fps = _video_array(*source), source[1]
+    pixels = _video_array(film, fps)
     count = pixels.shape[1]
     wanted = clip_frames(np.arange(count) / fps, count / fps, config).flatten()
     return _in_slices(lambda part: _video_tensor(part[:, wanted], config), pixels)
 
-# %% ../nbs/01_inputs.ipynb #124d03ce
+# %% ../nbs/01_inputs.ipynb #4d8eef6e
+MAX_CHARACTERS = 1_000_000  # of one text
+
+
 def _read_text(source):
     "The text of a str, or the UTF-8 contents of a file."
-    if isinstance(source, str): return source
-    name, data = _read_bytes(source, "a text")
-    with _reading(name, "UTF-8 text"): return data.decode("utf-8-sig")
+    name, text = "text", source
+    if not isinstance(source, str):
+        name, data = _read_bytes(source, "a text")
+        with _reading(name, "UTF-8 text"): text = data.decode("utf-8-sig")
+    if len(text) > MAX_CHARACTERS: raise InputError(f"{name}: {len(text)} characters; expected {MAX_CHARACTERS} at most")
+    return text
 
 
 def _clean(text, config):
@@ -563,7 +613,7 @@ def _check_tokenizer(tokenizer):
     if end != top: raise ValueError(f"tokenizer: end token has id {end}; expected the largest, {top}")
     return start, end
 
-# %% ../nbs/01_inputs.ipynb #d4b858b2
+# %% ../nbs/01_inputs.ipynb #f8e5890b
 def load_text(source, config=InputConfig(), tokenizer=None):
     """Texts as int64 ids [B, text_length]: start, words, end, then 0.
 
@@ -584,7 +634,7 @@ def load_text(source, config=InputConfig(), tokenizer=None):
         row[:len(body)] = body
     return ids
 
-# %% ../nbs/01_inputs.ipynb #672a3954
+# %% ../nbs/01_inputs.ipynb #03eec1a6
 def _columns(array):
     "float32 [N, 3]: the first three columns of an array of numbers."
     if array.ndim != 2 or array.shape[1] < 3 or array.dtype.kind not in "fiu" or not len(array):
@@ -593,22 +643,36 @@ def _columns(array):
 
 
 def _read_columns(data):
-    "The numbers of text lines; a first line with one number is a count."
+    "The numbers of text lines; a first line with one number is their count."
+    _check_text(data)
     lines = [line for line in data.decode("ascii").replace(",", " ").splitlines() if line.strip()]
-    if not lines: raise ValueError("no lines of numbers")
-    return np.loadtxt(lines[1:] if len(lines[0].split()) == 1 else lines, ndmin=2)
+    count = int(lines.pop(0)) if lines and len(lines[0].split()) == 1 else len(lines)
+    if not lines or len(lines) < count: raise ValueError(f"{len(lines)} lines of numbers, {count} expected")
+    return np.loadtxt(lines, ndmin=2)
 
 
+def _check_text(data):
+    if len(data) > MAX_TEXT: raise ValueError(f"more than {MAX_TEXT >> 20} MB as text; save it as binary ply or npy")
+
+
+MAX_TEXT = 32 * 2**20  # of a cloud or mesh written as text
+
+# %% ../nbs/01_inputs.ipynb #9c9ab176
 def _read_mesh(data, kind, config):
     "The vertices of a cloud, or points on the surface of a mesh."
+    if kind in ("obj", "off") or b"format ascii" in data[:100]: _check_text(data)
     shape = trimesh.load(io.BytesIO(data), file_type=kind, process=False, maintain_order=True, skip_materials=True)
     if isinstance(shape, trimesh.Scene): shape = shape.to_mesh()
-    faces = getattr(shape, "faces", None)
-    if not config.mesh_surface or faces is None or not len(faces): return np.asarray(shape.vertices)
+    vertices, faces = np.asarray(shape.vertices), getattr(shape, "faces", None)
+    faces = np.zeros((0, 3)) if faces is None else faces
+    if kind == "ply":
+        claims = {name: int(count) for name, count in re.findall(rb"element +(\w+) +(\d+)", data.split(b"end_header")[0])}
+        if len(vertices) < claims.get(b"vertex", 0) or len(faces) < claims.get(b"face", 0): raise ValueError("it is cut off")
+    if not config.mesh_surface or not len(faces): return vertices
     if not shape.area > 0: raise ValueError("a mesh without surface")
     return trimesh.sample.sample_surface(shape, config.points, seed=config.point_seed)[0]
 
-# %% ../nbs/01_inputs.ipynb #6a78d4ee
+# %% ../nbs/01_inputs.ipynb #a4902262
 def _read_pcd(data):
     "[N, 3] of a PCD file."
     header, start = {}, 0
@@ -618,7 +682,7 @@ def _read_pcd(data):
         header[key], start = values, stop + 1
     names, points, form = header["FIELDS"], int(header["POINTS"][0]), header["DATA"][0]
     columns = [names.index(axis) for axis in "xyz"]
-    if form == "ascii": rows = _read_columns(b"0\n" + data[start:])[:, columns]
+    if form == "ascii": rows = _read_columns(data[start:])[:, columns]
     elif form == "binary":
         sizes = zip(header["TYPE"], header["SIZE"], header.get("COUNT", "1" * len(names)))
         kinds = [(str(i), f"<{kind.lower()}{size}", (int(count),)) for i, (kind, size, count) in enumerate(sizes)]
@@ -628,7 +692,7 @@ def _read_pcd(data):
     if len(rows) != points: raise ValueError(f"{len(rows)} of {points} points")
     return rows
 
-# %% ../nbs/01_inputs.ipynb #bfb42beb
+# %% ../nbs/01_inputs.ipynb #166b751f
 def _check_zip(data):
     "Refuse an archive that unpacks to more than may be read at once."
     with zipfile.ZipFile(io.BytesIO(data)) as archive: size = sum(entry.file_size for entry in archive.infolist())
@@ -642,7 +706,7 @@ def _read_npy(data):
     if math.prod(shape) * dtype.itemsize > len(data): raise ValueError(f"claims shape {shape}, is cut off")
     return np.load(io.BytesIO(data), allow_pickle=False)
 
-
+# %% ../nbs/01_inputs.ipynb #311881c0
 def _read_npz(data):
     _check_zip(data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -658,7 +722,7 @@ def _read_pt(data):
     if tensor.numel() * 8 > MAX_BYTES: raise ValueError(f"claims shape {tuple(tensor.shape)}")
     return _array(tensor)
 
-# %% ../nbs/01_inputs.ipynb #cf267750
+# %% ../nbs/01_inputs.ipynb #4bc841ed
 POINT_READERS = dict(npy=_read_npy, npz=_read_npz, pt=_read_pt, pcd=_read_pcd, xyz=_read_columns, pts=_read_columns)
 MESHES = ("ply", "obj", "off", "stl")
 
@@ -682,7 +746,7 @@ def _read_points(source, config):
         array = POINT_READERS[kind](data) if kind in POINT_READERS else _read_mesh(data, kind, config)
         return name, _columns(array)
 
-# %% ../nbs/01_inputs.ipynb #1c0510e8
+# %% ../nbs/01_inputs.ipynb #505d36bb
 def _choose(count, config):
     "Which of `count` points to take, `config.points` of them."
     generator = torch.Generator().manual_seed(config.point_seed)
@@ -697,7 +761,7 @@ def _unit_ball(name, x):
     if not (radius > 0).all(): raise InputError(f"{name}: all points are in one place; expected a shape")
     return x / radius
 
-# %% ../nbs/01_inputs.ipynb #fdbcb5d6
+# %% ../nbs/01_inputs.ipynb #19531671
 @_lists
 def load_point(source, config=InputConfig()):
     """Point clouds as float32 [B, points, 3], in any unit of length.
@@ -717,28 +781,32 @@ def load_point(source, config=InputConfig()):
     if x.shape[1] != config.points: x = x[:, _choose(x.shape[1], config)]
     return _unit_ball(name, x) if config.point_normalize else x
 
-# %% ../nbs/01_inputs.ipynb #d2478e01
-def _map_pixels(source, wanted):
-    "(name, [H, W]) of a picture with one channel; colours are turned into grey."
-    name, image = _read_picture(source, f"a {wanted} map")
-    with _reading(name, f"a {wanted} map"):
-        return name, np.array(image if image.mode[0] in "LIF" and "A" not in image.mode else _to_rgb(image).convert("L"))
-
-
-def _read_map(source, wanted):
-    "(name, [B, H, W]) of an array, a picture or an npy file."
-    name, array = f"{wanted} array", _array(source)
-    if array is None and not isinstance(source, Image.Image):
-        name, data = _read_bytes(source, f"a {wanted} map")
+# %% ../nbs/01_inputs.ipynb #c769331e
+def _read_map_file(source, wanted):
+    "(name, array) of a picture or an npy file; colours are turned into grey."
+    name, image = "PIL image", source
+    if not isinstance(source, Image.Image):
+        name, data = _read_bytes(source, wanted)
         if data.startswith(b"\x76\x2f\x31\x01"): raise InputError(f"{name}: OpenEXR is not read; save it as npy or TIFF")
-        if data.startswith(b"\x93NUMPY"):
-            with _reading(name, f"a {wanted} map"): array = _read_npy(data)
-    if array is None: _, array = _map_pixels(source if isinstance(source, Image.Image) else data, wanted)
+        with _reading(name, wanted):
+            if data.startswith(b"\x93NUMPY"): return name, _read_npy(data)
+        image = _open_picture(name, data, wanted)
+    _check_sides(name, image.height, image.width, MAX_PIXELS)
+    image = _decode_picture(name, image, wanted)
+    one_channel = image.mode in ("L", "I", "F") or image.mode.startswith("I;16")
+    with _reading(name, wanted): return name, np.array(image if one_channel else _to_rgb(image).convert("L"))
+
+
+def _read_map(source, modality):
+    "(name, [B, H, W]) of an array or a file."
+    name, array = f"{modality} array", _array(source)
+    if array is None: name, array = _read_map_file(source, f"a {modality} map")
     if array.ndim not in (2, 3) or array.dtype.kind not in "fiu" or 0 in array.shape:
         raise InputError(f"{name}: {array.dtype} of shape {array.shape}; expected [H, W] or [B, H, W]")
+    _check_sides(name, *array.shape[-2:], MAX_PIXELS)
     return name, array if array.ndim == 3 else array[None]
 
-
+# %% ../nbs/01_inputs.ipynb #fb97e0a3
 def _fit_map(x, size):
     "[B, 1, size, size] of [B, H, W]: short side by antialiased bilinear resampling, then the centre."
     x = x.unsqueeze(1)
@@ -746,7 +814,7 @@ def _fit_map(x, size):
     top, left = (round((side - size) / 2) for side in x.shape[-2:])
     return x[..., top:top + size, left:left + size]
 
-# %% ../nbs/01_inputs.ipynb #52ca0bdc
+# %% ../nbs/01_inputs.ipynb #91b6c95e
 def _metres(name, array, config):
     "(float32 depth in metres, which pixels have a reading)."
     if array.dtype.itemsize == 1: raise InputError(f"{name}: 8-bit values; expected metres as floats, or a 16-bit map")
@@ -759,7 +827,7 @@ def _metres(name, array, config):
     if middle > 100: raise InputError(f"{name}: median depth {middle:g}; expected metres: these look like millimetres")
     return depth, seen
 
-# %% ../nbs/01_inputs.ipynb #6a278c57
+# %% ../nbs/01_inputs.ipynb #1e2923ba
 @_lists
 def load_depth(source, config=InputConfig()):
     """Depth maps as normalised disparity, float32 [B, 1, image_size, image_size].
@@ -779,7 +847,7 @@ def load_depth(source, config=InputConfig()):
         return (_fit_map(share, config.image_size) - config.depth_mean) / config.depth_std
     return _in_slices(convert, array)
 
-# %% ../nbs/01_inputs.ipynb #93b06008
+# %% ../nbs/01_inputs.ipynb #dd05143e
 def _celsius(name, array):
     "float32 degrees Celsius of floats, or of integers in hundredths of a kelvin."
     x = torch.from_numpy(array.astype(np.float32))
@@ -794,7 +862,7 @@ def _celsius(name, array):
         raise InputError(f"{name}: values in [0, 1]; expected degrees Celsius: these look scaled, give uint8 for relative heat")
     return x
 
-# %% ../nbs/01_inputs.ipynb #821851bd
+# %% ../nbs/01_inputs.ipynb #7cc40f8c
 @_lists
 def load_thermal(source, config=InputConfig()):
     """Thermal maps as float32 [B, 1, image_size, image_size].
@@ -814,7 +882,7 @@ def load_thermal(source, config=InputConfig()):
         return (_fit_map(x, config.image_size) - config.thermal_mean) / config.thermal_std
     return _in_slices(convert, array)
 
-# %% ../nbs/01_inputs.ipynb #3b9f3488
+# %% ../nbs/01_inputs.ipynb #9e02c726
 IMU_COLUMNS = ("ax", "ay", "az", "gx", "gy", "gz")
 
 
@@ -827,13 +895,13 @@ def _read_imu(source):
         names = [column.strip().lower() for column in head.split(",")]
         if not set(IMU_COLUMNS) <= set(names):
             raise InputError(f"{name}: first line {head[:60]!r}; expected the columns {', '.join(IMU_COLUMNS)}, and t in seconds if known")
-        table = np.loadtxt(lines, delimiter=",", ndmin=2)
+        table = np.loadtxt(lines, delimiter=",", ndmin=2) if lines else np.zeros((0, 0))
         if len(table) < 2 or table.shape[1] != len(names):
             raise InputError(f"{name}: {table.shape[0]} lines of {table.shape[1]} numbers; expected 2 or more of {len(names)}")
         times = table[:, names.index("t")] if "t" in names else None
         return name, table[:, [names.index(column) for column in IMU_COLUMNS]].T, times
 
-# %% ../nbs/01_inputs.ipynb #03c659be
+# %% ../nbs/01_inputs.ipynb #724463c0
 def _check_times(name, times):
     step = np.diff(times)
     if not np.isfinite(times).all() or not (step > 0).all(): raise InputError(f"{name}: column t does not increase; expected seconds")
@@ -859,23 +927,23 @@ def _middle(motion, times, config):
     share = torch.from_numpy(((moments - times[left]) / gap).clip(0, 1)).float()
     return torch.lerp(motion[..., left], motion[..., right], share)
 
-# %% ../nbs/01_inputs.ipynb #f539654f
+# %% ../nbs/01_inputs.ipynb #516e21d7
 @_lists
 def load_imu(source, config=InputConfig()):
     """Accelerations (m/s²) and turning rates (rad/s) as float32 [B, 6, imu_samples].
 
     Args:
         source: a path, an open file or bytes of CSV or npy; an array [6, T] or [B, 6, T] at imu_samples / imu_seconds readings
-            per second; (array, readings per second); or a list of these.
+            per second; (file without t or array, readings per second); or a list of these.
     Raises:
         ValueError: other columns or shape, times that do not increase, not finite, or values no body survives.
     """
-    source, rate = source if isinstance(source, tuple) else (source, config.imu_samples / config.imu_seconds)
-    name, array, times = "IMU array", _array(source), None
-    if array is None: name, array, times = _read_imu(source)
+    recording, rate = _with_rate(source, config.imu_samples / config.imu_seconds)
+    name, array, times = "IMU array", _array(recording), None
+    if array is None: name, array, times = _read_imu(recording)
+    _check_rate(name, rate, 0.001, 1_000_000)
     if array.ndim not in (2, 3) or array.shape[-2] != 6 or 0 in array.shape or array.dtype.kind not in "fiu":
         raise InputError(f"{name}: {array.dtype} of shape {array.shape}; expected [6, T] or [B, 6, T]")
-    if not 0 < rate < 1e6: raise InputError(f"{name}: {rate} readings per second; expected more than 0")
     motion = torch.from_numpy(np.array(array if array.ndim == 3 else array[None], np.float32))
     _check_motion(name, motion)
     if times is None: times = np.arange(motion.shape[-1]) / rate
@@ -883,7 +951,7 @@ def load_imu(source, config=InputConfig()):
     fits = motion.shape[-1] == config.imu_samples and np.allclose(np.diff(times), config.imu_seconds / config.imu_samples)
     return motion if fits else _middle(motion, times, config)
 
-# %% ../nbs/01_inputs.ipynb #5b35b2d0
+# %% ../nbs/01_inputs.ipynb #a6a8525f
 LOADERS = dict(image=load_image, video=load_video, text=load_text, audio=load_audio,
                point=load_point, depth=load_depth, thermal=load_thermal, imu=load_imu)
 
