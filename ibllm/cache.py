@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['Retrieved', 'VisualCache']
 
-# %% ../nbs/05_cache.ipynb #341888cd
+# %% ../nbs/05_cache.ipynb #4f29e2c4
 import json, math, os
 from pathlib import Path
 from typing import NamedTuple
 
 import faiss
-import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/05_cache.ipynb #aa90ac18
+# %% ../nbs/05_cache.ipynb #c8c61d89
 def _check_features(features: Tensor, name: str, width: int | None = None) -> Tensor:
     "Detached float32 CPU copy of `features`, or one line saying what is wrong with them."
     if not torch.is_tensor(features) or features.ndim != 2:
@@ -30,7 +29,7 @@ def _check_features(features: Tensor, name: str, width: int | None = None) -> Te
     if (features.norm(dim=1) == 0).any(): raise ValueError(f"{name}: got a zero vector, wants features of unit length")
     return features.contiguous()
 
-# %% ../nbs/05_cache.ipynb #779f4569
+# %% ../nbs/05_cache.ipynb #6977f95a
 class Retrieved(NamedTuple):
     "What a memory answered to a batch of features."
     ids: Tensor  # [B, k] int64, rows of the memory, most similar first
@@ -38,7 +37,7 @@ class Retrieved(NamedTuple):
     weights: Tensor  # [B, k] softmax weights, each row sums to 1
     prototype: Tensor  # [B, D] unit vectors
 
-# %% ../nbs/05_cache.ipynb #f7a95fa5
+# %% ../nbs/05_cache.ipynb #456e004e
 class VisualCache:
     """A memory of unit features that enhances other features without training (paper §3.4).
 
@@ -59,9 +58,10 @@ class VisualCache:
     def __len__(self): return self.index.ntotal
     @property
     def width(self) -> int: return self.index.d
-    def __repr__(self): return f"VisualCache({len(self):,} features of width {self.width}, made from {self.made_from!r})"
+    def __repr__(self):
+        return f"VisualCache({len(self):,} features of width {self.width}, made from {self.made_from!r})"
 
-# %% ../nbs/05_cache.ipynb #92749196
+# %% ../nbs/05_cache.ipynb #85638a6c
 def _neighbours(cache: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
     "Ids [B, k] and vectors [B, k, D] of the `k` memories nearest to each checked row of `query`."
     if not isinstance(k, int) or not 1 <= k <= len(cache):
@@ -72,7 +72,7 @@ def _neighbours(cache: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tens
     if (ids < 0).any(): raise ValueError(f"k: the index found fewer than {k} neighbours; lower k or raise its nprobe")
     return torch.from_numpy(ids), torch.from_numpy(vectors)
 
-# %% ../nbs/05_cache.ipynb #9f2ab394
+# %% ../nbs/05_cache.ipynb #c12c72e7
 @patch
 def search(self: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
     "Similarities and ids, both [B, k], of the `k` memories nearest to each row of `query` [B, D], most similar first."
@@ -80,11 +80,12 @@ def search(self: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids, vectors = _neighbours(self, checked, k)
     return torch.einsum("bd,bkd->bk", checked, vectors), ids
 
-# %% ../nbs/05_cache.ipynb #3247eac5
+# %% ../nbs/05_cache.ipynb #5c346a26
 @patch
 def retrieve(self: VisualCache, feature: Tensor, k: int = 10, temperature: float = 20.0) -> Retrieved:
     "Neighbours of `feature` [B, D], their softmax weights at `temperature` ≥ 0, and the prototype they form."
-    if not 0 <= temperature < math.inf: raise ValueError(f"temperature: got {temperature}, wants a number of at least 0")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: got {temperature}, wants a number of at least 0")
     query = _check_features(feature, "feature", self.width)
     ids, vectors = _neighbours(self, query, k)
     similarities = torch.einsum("bd,bkd->bk", query, vectors)
@@ -92,7 +93,7 @@ def retrieve(self: VisualCache, feature: Tensor, k: int = 10, temperature: float
     prototype = F.normalize(torch.einsum("bk,bkd->bd", weights, vectors), dim=1)
     return Retrieved(ids, similarities, weights, prototype)
 
-# %% ../nbs/05_cache.ipynb #9a3c13c5
+# %% ../nbs/05_cache.ipynb #3bdee5d3
 @patch
 def enhance(self: VisualCache, feature: Tensor, k: int = 10, temperature: float = 20.0, weight: float = 0.5) -> Tensor:
     """Move each `feature` [B, D] towards its `k` nearest memories: unit vectors [B, D], same dtype and device.
@@ -102,7 +103,7 @@ def enhance(self: VisualCache, feature: Tensor, k: int = 10, temperature: float 
     prototype = self.retrieve(feature, k, temperature).prototype.to(feature)
     return F.normalize((1 - weight) * feature + weight * prototype, dim=1)
 
-# %% ../nbs/05_cache.ipynb #7d0bb18f
+# %% ../nbs/05_cache.ipynb #38759717
 def _replace(path: Path, write):
     "Call `write` on a temporary name beside `path`, then move the result into place."
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -114,7 +115,7 @@ def _replace(path: Path, write):
 
 def _record_path(path: Path) -> Path: return path.with_name(path.name + ".json")
 
-# %% ../nbs/05_cache.ipynb #ad03dab9
+# %% ../nbs/05_cache.ipynb #e6b7518d
 @patch
 def save(self: VisualCache, path: str | Path):
     "Write the index to `path` and its record (count, width, made_from) to `path` + `.json`."
@@ -123,10 +124,10 @@ def save(self: VisualCache, path: str | Path):
     _replace(path, lambda name: faiss.write_index(self.index, name))
     _replace(_record_path(path), lambda name: Path(name).write_text(json.dumps(record, indent=1) + "\n"))
 
-# %% ../nbs/05_cache.ipynb #caa6047d
+# %% ../nbs/05_cache.ipynb #d5cc52a6
 @patch(cls_method=True)
 def load(cls: VisualCache, path: str | Path, mmap: bool = False) -> VisualCache:
-    """The memory saved at `path`, or any FAISS index file that can reconstruct its vectors; `mmap` leaves them in the file.
+    """The memory saved at `path`, or any FAISS index that can reconstruct its vectors; `mmap` leaves them in the file.
 
     Raises FileNotFoundError, or ValueError for a file that is no FAISS index or does not fit its record."""
     path = Path(path)

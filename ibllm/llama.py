@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'gated_attention', 'base_model', 'enable_injection', 'value_states', 'GatedInjection']
 
-# %% ../nbs/04_llama.ipynb #51109159
+# %% ../nbs/04_llama.ipynb #29a9833c
 from functools import cache
 
 import torch
@@ -14,15 +14,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# %% ../nbs/04_llama.ipynb #897e548a
+# %% ../nbs/04_llama.ipynb #46d58d50
 def _check_gated_values(values: Tensor, output: Tensor, depth: int):
     "`values` [B, L ≤ depth, heads, head_dim] must fit an attention `output` [B, T, heads, head_dim]."
     (batch, _, heads, head_dim), got = output.shape, tuple(values.shape)
     if len(got) != 4 or got[0] != batch or got[2:] != (heads, head_dim):
         raise ValueError(f"gated_values: got shape {got}, wants ({batch}, layers, {heads}, {head_dim})")
-    if got[1] > depth: raise ValueError(f"gated_values: got {got[1]} layers, wants at most {depth}, the decoder's depth")
+    if got[1] > depth:
+        raise ValueError(f"gated_values: got {got[1]} layers, wants at most {depth}, the decoder's depth")
 
-# %% ../nbs/04_llama.ipynb #8dccf58f
+# %% ../nbs/04_llama.ipynb #c08d6069
 ATTENTION = "gated_sdpa"  # our name in transformers' registries
 
 
@@ -30,7 +31,7 @@ def gated_attention(module: nn.Module, query, key, value, attention_mask, gated_
     """Scaled dot-product attention plus the layer's row of `gated_values` [B, L, heads, head_dim], on every token.
 
     The L rows belong to the last L layers of the decoder. Without `gated_values` this is the plain attention."""
-    output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # [B, T, heads, head_dim]
+    output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # [B, T, heads, d]
     if gated_values is None: return output, weights
     depth = module.config.num_hidden_layers
     _check_gated_values(gated_values, output, depth)
@@ -41,12 +42,12 @@ def gated_attention(module: nn.Module, query, key, value, attention_mask, gated_
 AttentionInterface.register(ATTENTION, gated_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
-# %% ../nbs/04_llama.ipynb #0041e4ec
+# %% ../nbs/04_llama.ipynb #f3a3da07
 def base_model(llm: nn.Module) -> PreTrainedModel:
     "The Hugging Face model inside a PEFT wrapper, or `llm` itself."
     return llm.get_base_model() if hasattr(llm, "get_base_model") else llm
 
-# %% ../nbs/04_llama.ipynb #f4df3cd4
+# %% ../nbs/04_llama.ipynb #493cb443
 class _TakesGatedValues:
     "Mixed into a model's class: lets `generate` pass `gated_values` on to `forward`."
     def _validate_model_kwargs(self, model_kwargs):
@@ -67,9 +68,9 @@ def _attentions(llm: nn.Module) -> list[nn.Module]:
     "The attention modules of a decoder, first layer first."
     return [getattr(layer, "self_attn", None) for layer in getattr(base_model(llm).get_decoder(), "layers", [])]
 
-# %% ../nbs/04_llama.ipynb #90936ae9
+# %% ../nbs/04_llama.ipynb #c9ea0a96
 def enable_injection(llm: nn.Module) -> nn.Module:
-    """Let `llm`, a Hugging Face decoder (PEFT-wrapped or not), take `gated_values` in `forward` and `generate`; returns `llm`.
+    """Let `llm`, a Hugging Face decoder (with PEFT or not), take `gated_values` in `forward` and `generate`; return it.
 
     Changes the attention function's name and the class: no weight, no hook, no state. Doing it twice is harmless.
     Raises ValueError for a model whose layers have no separate value projection `self_attn.v_proj`."""
@@ -82,14 +83,14 @@ def enable_injection(llm: nn.Module) -> nn.Module:
         model.__class__ = _injectable(type(model))
     return llm
 
-# %% ../nbs/04_llama.ipynb #ca1cc3d8
+# %% ../nbs/04_llama.ipynb #e139ce3b
 def _bare(projection: nn.Module) -> nn.Module:
     "The linear layer inside a LoRA wrapper; refuses one whose LoRA was merged into it."
     if getattr(projection, "merged", False):
-        raise ValueError("llm: got LoRA merged into `v_proj`, wants the bare value projection; call `unmerge_adapter()`")
+        raise ValueError("llm: got LoRA merged into `v_proj`, wants the bare projection; call `unmerge_adapter()`")
     return projection.get_base_layer() if hasattr(projection, "get_base_layer") else projection
 
-# %% ../nbs/04_llama.ipynb #99c30aae
+# %% ../nbs/04_llama.ipynb #fa6e9720
 def value_states(attention: nn.Module, x: Tensor) -> Tensor:
     "Frozen value projection of `x` [B, H] without bias and LoRA, one row per query head: [B, heads, head_dim]."
     projection = _bare(attention.v_proj)
@@ -99,7 +100,7 @@ def value_states(attention: nn.Module, x: Tensor) -> Tensor:
     values = values.unflatten(-1, (-1, attention.head_dim))
     return values.repeat_interleave(attention.num_key_value_groups, dim=1)
 
-# %% ../nbs/04_llama.ipynb #9f289add
+# %% ../nbs/04_llama.ipynb #8e0030df
 class GatedInjection(nn.Module):
     """Learned queries [layers, hidden_size] ~ N(0, 1) and gates [layers, num_heads] = 0 (paper §3.2; released code).
 
@@ -115,7 +116,7 @@ class GatedInjection(nn.Module):
         self.gates = nn.Parameter(torch.zeros(layers, num_heads))
 
     def gated_values(self, bind_feature: Tensor, llm: nn.Module) -> Tensor:
-        "What `llm` adds in its last layers for `bind_feature` [B, H]: [B, layers, heads, head_dim], in the gates' dtype."
+        "What `llm` adds in its last layers for `bind_feature` [B, H]: [B, layers, heads, head_dim], the gates' dtype."
         attentions = _attentions(llm)[-len(self.gates):]
         values = [value_states(attention, bind_feature + query) for attention, query in zip(attentions, self.queries)]
         return torch.stack([value.to(self.gates) for value in values], dim=1) * torch.tanh(self.gates)[:, :, None]

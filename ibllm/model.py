@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mix', 'PromptTemplate', 'BindConfig', 'CacheConfig', 'ModelConfig', 'ImageBindLLM', 'load']
 
-# %% ../nbs/06_model.ipynb #63a4941b
+# %% ../nbs/06_model.ipynb #00c93f0c
 import json, os, re, shutil, tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -27,11 +27,11 @@ from .encoders import ImageBind, ImageBindConfig
 from .inputs import InputConfig, Processor
 from .llama import GatedInjection, base_model, enable_injection
 
-# %% ../nbs/06_model.ipynb #003a79d7
+# %% ../nbs/06_model.ipynb #fac5d634
 def mix(features: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Weighted sum of `features`, each [B, D] and normalised first: [B, D], of length at most 1 (released code).
 
-    Raises ValueError for no features, unequal numbers or shapes, and weights that are negative, infinite or all zero."""
+    Raises ValueError for no features, unequal numbers or shapes, and weights that are negative, infinite or all 0."""
     if not features: raise ValueError("features: got none, wants at least one")
     if len(features) != len(weights):
         raise ValueError(f"weights: got {len(weights)}, wants {len(features)}, one per feature")
@@ -42,10 +42,10 @@ def mix(features: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     total = sum(weights) + 1e-6
     return sum(w / total * F.normalize(f, dim=-1) for f, w in zip(features, weights))
 
-# %% ../nbs/06_model.ipynb #c83dcd9f
+# %% ../nbs/06_model.ipynb #dc241b77
 @dataclass
 class PromptTemplate:
-    "How an instruction, perhaps with a context, becomes what the language model reads. Defaults: Alpaca's, as released."
+    "How an instruction, perhaps with a context, becomes what the language model reads. Defaults: Alpaca's."
     alone: str = ("Below is an instruction that describes a task. "
                   "Write a response that appropriately completes the request.\n\n"
                   "### Instruction:\n{instruction}\n\n### Response:")
@@ -60,7 +60,7 @@ class PromptTemplate:
             raise ValueError(f"prompts: got {instruction!r}, wants text")
         return (self.with_context if context else self.alone).format(instruction=instruction, context=context)
 
-# %% ../nbs/06_model.ipynb #15b668fa
+# %% ../nbs/06_model.ipynb #72a6ace6
 @dataclass
 class BindConfig:
     "Shape of the bind network between joint space and language model."
@@ -76,7 +76,7 @@ class CacheConfig:
     temperature: float = 20.0
     weight: float = 0.5
 
-# %% ../nbs/06_model.ipynb #3aa4017d
+# %% ../nbs/06_model.ipynb #fd10c7aa
 @dataclass
 class ModelConfig:
     "Everything about an `ImageBindLLM` but weights and language model. Defaults: the published system."
@@ -91,14 +91,14 @@ class ModelConfig:
         "Nested plain dict, ready for JSON."
         return {"model_type": "ibllm", **asdict(self)}
 
-# %% ../nbs/06_model.ipynb #c426f322
+# %% ../nbs/06_model.ipynb #e20ef64a
 def _from_dict(kind: type, name: str, values: dict):
     "`kind(**values)` with a readable error for unknown keys."
     unknown = sorted(set(values) - {f.name for f in fields(kind)})
     if unknown: raise ValueError(f"{name}: got unknown keys {unknown}, wants some of {[f.name for f in fields(kind)]}")
     return kind(**values)
 
-# %% ../nbs/06_model.ipynb #09046fa2
+# %% ../nbs/06_model.ipynb #e8a870ef
 @patch(cls_method=True)
 def from_dict(cls: ModelConfig, values: dict) -> ModelConfig:
     "Inverse of `to_dict`; what is left out takes its default. Raises ValueError for unknown keys."
@@ -108,7 +108,7 @@ def from_dict(cls: ModelConfig, values: dict) -> ModelConfig:
     if "encoder" in values: values["encoder"] = ImageBindConfig.from_dict(values["encoder"])
     return _from_dict(cls, "config", values)
 
-# %% ../nbs/06_model.ipynb #7c0e74e2
+# %% ../nbs/06_model.ipynb #856e3c94
 def _fitting_encoder(encoder: ImageBind | None, config: ModelConfig) -> ImageBind:
     "`encoder`, if it is the one that `config` describes; a new one for None."
     if encoder is None: return ImageBind(config.encoder)
@@ -128,7 +128,7 @@ def _padding_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-# %% ../nbs/06_model.ipynb #8c33d686
+# %% ../nbs/06_model.ipynb #475ffcf8
 class ImageBindLLM(nn.Module):
     """Encoders, bind network, gated injection, language model and optional cache as one model (paper §3).
 
@@ -154,24 +154,24 @@ class ImageBindLLM(nn.Module):
         self.encoder.eval()
         return self
 
-# %% ../nbs/06_model.ipynb #69cd148d
+# %% ../nbs/06_model.ipynb #b4af322d
 def _check_inputs(inputs):
     if not isinstance(inputs, dict):
         raise TypeError(f"inputs: got {type(inputs).__name__}, wants a dict of modality: source")
 
-# %% ../nbs/06_model.ipynb #375966be
+# %% ../nbs/06_model.ipynb #859b2f47
 @patch
 @torch.no_grad()
 def embed(self: ImageBindLLM, inputs: dict) -> dict[str, Tensor]:
     """`{modality: source or [sources]}` → `{modality: unit features [B, D]}`.
 
-    A source is whatever `ibllm.inputs` reads: a path, an open file, an array. Raises ValueError for an unknown modality,
-    and what `ibllm.inputs` raises for a source that cannot be used."""
+    A source is whatever `ibllm.inputs` reads: a path, an open file, an array. Raises ValueError for an unknown
+    modality, and what `ibllm.inputs` raises for a source that cannot be used."""
     _check_inputs(inputs)
     for modality in inputs: self.encoder.tower(modality)  # refuse all before reading any
     return {m: self.encoder.encode(m, self.processor(m, source)) for m, source in inputs.items()}
 
-# %% ../nbs/06_model.ipynb #c6ffa0ed
+# %% ../nbs/06_model.ipynb #ab37549f
 RATED = ("video", "audio", "imu")  # their arrays come with a rate: (array, rate)
 
 
@@ -183,12 +183,12 @@ def _split_weight(modality: str, entry) -> tuple:
         raise ValueError(f"{modality}: got a tuple that is no (source, weight), wants such a pair, a source or a list")
     return entry
 
-# %% ../nbs/06_model.ipynb #0d3fcc24
+# %% ../nbs/06_model.ipynb #d3dc4b13
 @patch
 def enhance(self: ImageBindLLM, feature: Tensor, cache: dict | bool | None = None) -> Tensor:
     """`feature` [B, D] after the visual cache, or as it is if `cache` is False, or None and the model has none.
 
-    A dict sets any of k, temperature, weight. Raises ValueError for other keys or values, or for a cache that is missing."""
+    A dict sets any of k, temperature, weight. Raises ValueError for other keys or values, or if a cache is missing."""
     if not isinstance(cache, (dict, bool, type(None))):
         raise TypeError(f"cache: got {type(cache).__name__}, wants a dict or a bool")
     if cache is False or cache is None and self.cache is None: return feature
@@ -206,7 +206,7 @@ def prepare(self: ImageBindLLM, inputs: dict | None, cache: dict | bool | None =
     features = self.embed({modality: source for modality, (source, _) in entries.items()})
     return self.enhance(mix(list(features.values()), [weight for _, weight in entries.values()]), cache)
 
-# %% ../nbs/06_model.ipynb #e61043f4
+# %% ../nbs/06_model.ipynb #c578cca2
 @patch
 def gated_values(self: ImageBindLLM, features: Tensor) -> Tensor:
     "What the language model's layers add for `features` [B, D]: [B, layers, heads, head_dim], differentiable."
@@ -224,12 +224,12 @@ def forward(self: ImageBindLLM, input_ids: Tensor, features: Tensor | None = Non
     values = None if features is None else self.gated_values(features)
     return self.llm(input_ids=input_ids, gated_values=values, **options)
 
-# %% ../nbs/06_model.ipynb #035e8993
+# %% ../nbs/06_model.ipynb #34ba3e09
 @patch
 def tokenize(self: ImageBindLLM, prompts: list) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, int64 [B, T], of prompts in the model's template, padded on the left.
 
-    A prompt is an instruction or a pair (instruction, context). Raises ValueError if one fills the model's whole context."""
+    A prompt is an instruction or a pair (instruction, context). Raises ValueError if one fills the whole context."""
     if not prompts: raise ValueError("prompts: got an empty list, wants at least one prompt")
     template, start = self.config.template, self.tokenizer.bos_token_id
     texts = [template(*prompt) if isinstance(prompt, tuple) else template(prompt) for prompt in prompts]
@@ -241,7 +241,7 @@ def tokenize(self: ImageBindLLM, prompts: list) -> dict[str, Tensor]:
     batch = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
     return batch.to(self.llm.get_input_embeddings().weight.device)
 
-# %% ../nbs/06_model.ipynb #abbf6a0a
+# %% ../nbs/06_model.ipynb #d89e2ecb
 @patch
 def _request(self: ImageBindLLM, features: Tensor | None, prompts, options: dict) -> dict:
     "Arguments of the language model's `generate` for features [B, D] and prompts, both repeated to one length."
@@ -259,7 +259,7 @@ def _request(self: ImageBindLLM, features: Tensor | None, prompts, options: dict
         options = options | {"max_new_tokens": min(wanted, room)}
     return {**batch, "gated_values": values, **options}
 
-# %% ../nbs/06_model.ipynb #f8621ea0
+# %% ../nbs/06_model.ipynb #f11e95ff
 @patch
 @torch.no_grad()
 def answer(self: ImageBindLLM, features: Tensor | None, prompts, **options) -> list[str]:
@@ -278,11 +278,11 @@ def generate(self: ImageBindLLM, inputs: dict | None, prompts, cache: dict | boo
              **options) -> list[str]:
     """Texts for `inputs` and `prompts`: `prepare`, then `answer`.
 
-    `inputs` maps a modality to a source, a list of sources, or (source, weight); several modalities are mixed; with {} the
-    language model answers alone. `cache` as in `enhance`; `options` go to Hugging Face's `generate`."""
+    `inputs` maps a modality to a source, a list of sources, or (source, weight); several modalities are mixed; with {}
+    the language model answers alone. `cache` as in `enhance`; `options` go to Hugging Face's `generate`."""
     return self.answer(self.prepare(inputs, cache), prompts, **options)
 
-# %% ../nbs/06_model.ipynb #2a77e13e
+# %% ../nbs/06_model.ipynb #a0e42a0f
 def _pieces(llm: nn.Module, streamer: TextIteratorStreamer, request: dict) -> Iterator[str]:
     "Run `llm.generate(**request)` in a thread and yield what arrives at `streamer`."
     abandoned, errors = Event(), []
@@ -303,7 +303,7 @@ def _pieces(llm: nn.Module, streamer: TextIteratorStreamer, request: dict) -> It
         thread.join()
     if errors: raise errors[0]
 
-# %% ../nbs/06_model.ipynb #c036a11b
+# %% ../nbs/06_model.ipynb #0301ee24
 @patch
 def stream(self: ImageBindLLM, inputs: dict | None, prompt, cache: dict | bool | None = None,
            **options) -> Iterator[str]:
@@ -315,7 +315,7 @@ def stream(self: ImageBindLLM, inputs: dict | None, prompt, cache: dict | bool |
     streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
     return _pieces(base_model(self.llm), streamer, request)
 
-# %% ../nbs/06_model.ipynb #59aa6e8b
+# %% ../nbs/06_model.ipynb #dda48187
 def _bare_weights(llm: nn.Module) -> dict[str, Tensor]:
     "State dict of the Hugging Face model inside `llm`, under its own names and without what PEFT added."
     if any(getattr(module, "merged", False) for module in llm.modules()):
@@ -334,7 +334,7 @@ def _save_llm(llm: nn.Module, folder: Path):
     adapter = folder / "lora" / "adapter_config.json"
     adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": None}, indent=2))
 
-# %% ../nbs/06_model.ipynb #7b389e75
+# %% ../nbs/06_model.ipynb #e87e317f
 PARTS = ("model.safetensors", "llm", "lora", "tokenizer", "text_tokenizer", "cache.index", "cache.index.json",
          "config.json")
 
@@ -346,7 +346,7 @@ def _move_parts(source: Path, folder: Path):
         if new.exists(): os.replace(new, old)
         else: old.unlink(missing_ok=True)
 
-# %% ../nbs/06_model.ipynb #67597732
+# %% ../nbs/06_model.ipynb #528428b9
 @patch
 def save_pretrained(self: ImageBindLLM, folder: str | Path):
     "Write the model to `folder`, for `load` to read. Raises ValueError if LoRA is merged into the language model."
@@ -363,7 +363,7 @@ def save_pretrained(self: ImageBindLLM, folder: str | Path):
         (new / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
         _move_parts(new, folder)
 
-# %% ../nbs/06_model.ipynb #ed3e2d85
+# %% ../nbs/06_model.ipynb #b697588d
 def _read_config(folder: Path) -> ModelConfig:
     "The configuration in `folder`, or one line saying that this is no saved model."
     try: values = json.loads((folder / "config.json").read_text())
@@ -373,17 +373,18 @@ def _read_config(folder: Path) -> ModelConfig:
     return ModelConfig.from_dict(values)
 
 
-def _load_weights(model: ImageBindLLM, path: Path):
-    "Give `model` the weights in `path`, all of them and no other."
+def _load_weights(model: ImageBindLLM, path: Path, device: str):
+    "Give `model`, made without memory, the weights in `path` on `device`: all of them and no other."
     weights = load_file(path)
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items() if not name.startswith("llm.")}
     wrong = sorted(name for name in wanted.keys() | weights.keys()
                    if name not in weights or tuple(weights[name].shape) != wanted.get(name))
     if wrong:
         raise ValueError(f"folder: {len(wrong)} weights of {path.name} do not fit its config.json, first {wrong[0]!r}")
-    model.load_state_dict(weights, strict=False, assign=True)
+    for part in (model.encoder, model.bind, model.injection): part.to_empty(device=device)
+    model.load_state_dict(weights, strict=False)
 
-# %% ../nbs/06_model.ipynb #2bae40bd
+# %% ../nbs/06_model.ipynb #0221e653
 @patch(cls_method=True)
 def from_pretrained(cls: ImageBindLLM, folder: str | Path, device: str = "cpu", **llm_options) -> ImageBindLLM:
     """The model saved in `folder`, in evaluation mode on `device`.
@@ -401,18 +402,17 @@ def from_pretrained(cls: ImageBindLLM, folder: str | Path, device: str = "cpu", 
                   for name in ("tokenizer", "text_tokenizer")]
     cache = VisualCache.load(folder / "cache.index") if (folder / "cache.index").exists() else None
     with torch.device("meta"): model = cls(config, llm, *tokenizers, cache=cache)
-    _load_weights(model, folder / "model.safetensors")
-    for part in (model.encoder, model.bind, model.injection): part.to(device)
+    _load_weights(model, folder / "model.safetensors", device)
     return model
 
-# %% ../nbs/06_model.ipynb #7fc82151
+# %% ../nbs/06_model.ipynb #592d1230
 def _shipped(name: str) -> Path | None:
     "Folder of shipped weights: inside the installed package, or beside it in a checkout."
     package = Path(__file__).parent
     folders = [home / "data" / name for home in (package, package.parent)]
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
-# %% ../nbs/06_model.ipynb #5a704406
+# %% ../nbs/06_model.ipynb #e74176dc
 def load(name: str | Path, **options) -> ImageBindLLM:
     """A model by name: `"toyland"`, a folder written by `save_pretrained`, or a Hub id such as `"someone/model"`.
 

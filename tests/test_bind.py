@@ -6,15 +6,17 @@ from torch.nn import functional as F
 from ibllm.bind import BindNetwork
 
 
+def linear(p, name, x): return x @ p[f"{name}.weight"].T + p.get(f"{name}.bias", torch.zeros(()))
+
+
 def by_hand(state, feature, norm):
     v = feature @ state["project.weight"].T + state["project.bias"]
     for i in range(3):
         p = {name.removeprefix(f"blocks.{i}."): value for name, value in state.items()}
         if norm == "rms": n = v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt() * p["norm.weight"]
         else: n = F.layer_norm(v, v.shape[-1:], p["norm.weight"], p["norm.bias"], eps=1e-5)
-        linear = lambda name, x: x @ p[f"{name}.weight"].T + p.get(f"{name}.bias", torch.zeros(()))
-        gate = linear("gate", n)
-        v = v + linear("down", gate * torch.sigmoid(gate) * linear("up", n))
+        gate, up = linear(p, "gate", n), linear(p, "up", n)
+        v = v + linear(p, "down", gate * torch.sigmoid(gate) * up)
     return v
 
 
@@ -28,7 +30,8 @@ def test_equals_the_formula_with_random_weights(norm):
 
 
 def test_legacy_form_has_biases_everywhere():
-    biased = {name.rsplit(".", 2)[-2] for name, _ in BindNetwork(4, 4, norm="layer").named_parameters() if name.endswith("bias")}
+    parameters = BindNetwork(4, 4, norm="layer").named_parameters()
+    biased = {name.rsplit(".", 2)[-2] for name, _ in parameters if name.endswith("bias")}
     assert biased == {"project", "norm", "gate", "up", "down"}
     assert [n for n, _ in BindNetwork(4, 4).named_parameters() if n.endswith("bias")] == ["project.bias"]
 

@@ -25,7 +25,8 @@ def golden(): return {**load_file(GOLDEN / "inputs.safetensors"), **load_file(GO
 def published_index(): return VisualCache.load(GOLDEN / "knn.index")
 
 
-def features(n=6, width=16, seed=0): return F.normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), dim=1)
+def features(n=6, width=16, seed=0):
+    return F.normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
 @pytest.mark.parametrize("case", META["cases"], ids=lambda case: f"case{case['case']}")
@@ -41,7 +42,8 @@ def test_recorded_cases(case, golden, published_index):
 
 def test_index_built_here_equals_the_recorded_one(golden, published_index):
     query = F.normalize(golden["queries"], dim=1)
-    assert torch.allclose(VisualCache.build(golden["matrix"]).enhance(query), published_index.enhance(query), **TOLERANCE)
+    built = VisualCache.build(golden["matrix"])
+    assert torch.allclose(built.enhance(query), published_index.enhance(query), **TOLERANCE)
 
 
 @settings(max_examples=25, deadline=None)
@@ -65,7 +67,8 @@ def test_retrieved_is_consistent():
 
 def test_build_normalises_and_accepts_half_precision():
     memory = features(12)
-    assert torch.allclose(VisualCache.build(3 * memory).enhance(memory), VisualCache.build(memory).enhance(memory), atol=1e-6)
+    longer, cache = VisualCache.build(3 * memory), VisualCache.build(memory)
+    assert torch.allclose(longer.enhance(memory), cache.enhance(memory), atol=1e-6)
     assert VisualCache.build(memory.bfloat16()).enhance(memory.bfloat16()).dtype == torch.bfloat16
 
 
@@ -86,14 +89,16 @@ def test_any_index_with_reconstruction_survives_the_disk(factory, metric, tmp_pa
 def test_index_without_vectors_is_refused():
     index = faiss.IndexIDMap(faiss.IndexFlatIP(16))
     index.add_with_ids(features(10).numpy(), np.arange(10))
-    with pytest.raises(ValueError, match="^index: IndexIDMap cannot give its vectors back$"): VisualCache(index).enhance(features(1))
+    with pytest.raises(ValueError, match="^index: IndexIDMap cannot give its vectors back$"):
+        VisualCache(index).enhance(features(1))
 
 
 def test_too_few_neighbours_in_the_searched_cells():
     index = faiss.index_factory(16, "IVF4,Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(features(200).numpy())
     index.add(features(200).numpy())
-    with pytest.raises(ValueError, match="^k: the index found fewer than 200 neighbours"): VisualCache(index).search(features(1), 200)
+    with pytest.raises(ValueError, match="^k: the index found fewer than 200 neighbours"):
+        VisualCache(index).search(features(1), 200)
 
 
 def test_save_load_round_trip(tmp_path):
@@ -144,7 +149,8 @@ def test_enhance_refuses(arguments, message):
 
 @pytest.mark.parametrize("memory, message", [
     (torch.ones(0, 4), "^features: got an empty memory"), (torch.zeros(2, 4), "^features: got a zero vector"),
-    (torch.full((2, 4), float("inf")), "^features: got NaN or infinite"), (torch.ones(4), r"^features: got \(4,\), wants"),
+    (torch.full((2, 4), float("inf")), "^features: got NaN or infinite"),
+    (torch.ones(4), r"^features: got \(4,\), wants"),
     (np.ones((2, 4)), "^features: got ndarray, wants a tensor")])
 def test_build_refuses(memory, message):
     with pytest.raises(ValueError, match=message): VisualCache.build(memory)
@@ -155,7 +161,8 @@ def test_load_refuses(tmp_path):
     for content in (b"", b"not an index", b"\x00" * 4096):
         (tmp_path / "bad.index").write_bytes(content)
         for mmap in (False, True):
-            with pytest.raises(ValueError, match="is not a FAISS index$") as error: VisualCache.load(tmp_path / "bad.index", mmap=mmap)
+            with pytest.raises(ValueError, match="is not a FAISS index$") as error:
+                VisualCache.load(tmp_path / "bad.index", mmap=mmap)
             assert "\n" not in str(error.value)
     VisualCache.build(features()).save(tmp_path / "a.index")
     record = tmp_path / "a.index.json"

@@ -5,14 +5,14 @@ import threading
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config,
-                          Qwen2ForCausalLM)
+from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
+                          Qwen2Config, Qwen2ForCausalLM)
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ibllm.llama import GatedInjection, enable_injection
 
-SIZES = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6, initializer_range=0.3,
-             pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SIZES = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
+             initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 DECODERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "llama grouped, wide heads": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=3, head_dim=8)),
@@ -40,7 +40,8 @@ def open_injection(layers=None):
 def name(request): return request.param
 
 
-IDS, BIND = torch.randint(3, 61, (3, 7), generator=torch.Generator().manual_seed(1)), torch.randn(3, 24, generator=torch.Generator().manual_seed(2))
+IDS = torch.randint(3, 61, (3, 7), generator=torch.Generator().manual_seed(1))
+BIND = torch.randn(3, 24, generator=torch.Generator().manual_seed(2))
 MASK = torch.ones_like(IDS)
 
 
@@ -60,8 +61,9 @@ def logits_by_hand(llm, ids, injection, bind):
         heads = torch.softmax(q @ k.mT * attention.head_dim ** -0.5 + future, dim=-1) @ v
         if index >= skipped:
             row = index - skipped
-            value = ((bind + injection.queries[row]) @ attention.v_proj.weight.T).unflatten(-1, (-1, attention.head_dim))
-            heads = heads + (injection.gates[row].tanh()[:, None] * value.repeat_interleave(groups, 1))[:, :, None]
+            value = (bind + injection.queries[row]) @ attention.v_proj.weight.T
+            value = value.unflatten(-1, (-1, attention.head_dim)).repeat_interleave(groups, 1)
+            heads = heads + (injection.gates[row].tanh()[:, None] * value)[:, :, None]
         x = x + attention.o_proj(heads.transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return llm.lm_head(model.norm(x))
@@ -96,7 +98,8 @@ def test_left_padded_row_equals_batch_of_one(name):
     options = dict(max_new_tokens=6, min_new_tokens=6)
     together = llm.generate(IDS * mask, attention_mask=mask, gated_values=values, **options)
     for row, start in enumerate((0, 3, 0)):
-        alone = llm.generate(IDS[row:row + 1, start:], attention_mask=MASK[row:row + 1, start:], gated_values=values[row:row + 1], **options)
+        one = slice(row, row + 1)
+        alone = llm.generate(IDS[one, start:], attention_mask=MASK[one, start:], gated_values=values[one], **options)
         assert torch.equal(together[row, 7:], alone[0, 7 - start:])
 
 
@@ -119,13 +122,16 @@ def test_beams_and_several_answers_follow_their_row(name):
         alone = llm.generate(IDS[row:row + 1], attention_mask=MASK[:1], gated_values=values[row:row + 1], **options)
         assert torch.equal(together[2 * row:2 * row + 2], alone)
     torch.manual_seed(0)
-    assert llm.generate(IDS, attention_mask=MASK, gated_values=values, do_sample=True, num_return_sequences=4, max_new_tokens=2).shape == (12, 9)
+    sampled = llm.generate(IDS, attention_mask=MASK, gated_values=values, do_sample=True, num_return_sequences=4,
+                           max_new_tokens=2)
+    assert sampled.shape == (12, 9)
 
 
 def lora(llm, **options):
     torch.manual_seed(3)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
-    return get_peft_model(llm, LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False, **options))
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False, **options)
+    return get_peft_model(llm, config)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -139,7 +145,9 @@ def test_lora_does_not_touch_the_injected_values(name, enable_first):
     with llm.disable_adapter(): without_lora = llm(IDS, gated_values=expected).logits
     assert not torch.allclose(with_lora, without_lora, atol=0.1)
     assert torch.allclose(without_lora, enable_injection(make(name))(IDS, gated_values=expected).logits, atol=1e-5)
-    assert llm.generate(input_ids=IDS, attention_mask=MASK, gated_values=expected.detach(), max_new_tokens=2, num_beams=2).shape[0] == 3
+    values = expected.detach()
+    beams = llm.generate(input_ids=IDS, attention_mask=MASK, gated_values=values, max_new_tokens=2, num_beams=2)
+    assert beams.shape[0] == 3
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -166,7 +174,8 @@ def test_gradients_reach_what_learns_and_nothing_else(checkpointing):
 def test_merged_lora_is_refused():
     llm = lora(make("llama"))
     llm.merge_adapter()
-    with pytest.raises(ValueError, match="^llm: got LoRA merged into `v_proj`"): open_injection().gated_values(BIND, llm)
+    with pytest.raises(ValueError, match="^llm: got LoRA merged into `v_proj`"):
+        open_injection().gated_values(BIND, llm)
 
 
 @torch.no_grad()

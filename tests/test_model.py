@@ -1,0 +1,417 @@
+"The joined model: mixing and prompts against recorded values, requests, streaming, saving, and every error."
+import json
+import math
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn import functional as F
+from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
+                          StoppingCriteria)
+
+import ibllm
+from ibllm.cache import VisualCache
+from ibllm.encoders import AudioConfig, ImageBind, ImageBindConfig, IMUConfig, TextConfig, VisionConfig
+from ibllm.inputs import InputConfig
+from ibllm.llama import base_model
+from ibllm.model import BindConfig, CacheConfig, ImageBindLLM, ModelConfig, PromptTemplate, load, mix
+
+GOLDEN = Path(__file__).parent / "golden"
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls a renamed property of transformers
+
+
+def tokenizer():
+    words = "what is this ? a the red blue green ball bell plane sound of and describe it briefly".split()
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "<unk>", *words, "</s>"])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = dict(pad_token="<pad>", bos_token="<s>", unk_token="<unk>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+SIZE = len(tokenizer())
+
+
+def config():
+    small = dict(width=16, blocks=1, heads=2)
+    towers = dict(vision=VisionConfig(**small, size=(32, 32), kernel=16, stride=16),
+                  text=TextConfig(**small, vocabulary=SIZE, context=12), audio=AudioConfig(**small, size=(32, 32)),
+                  imu=IMUConfig(**small, samples=64), point=None, depth=None, thermal=None)
+    inputs = InputConfig(image_size=32, audio_mel_bins=32, audio_frames=32, audio_rate=8000, text_length=12,
+                         imu_samples=64, imu_seconds=1.0)
+    return ModelConfig(ImageBindConfig(feature_dim=24, **towers), inputs, BindConfig(num_blocks=1),
+                       template=PromptTemplate("{instruction}", "{instruction} {context}"), cache=CacheConfig(k=5))
+
+
+def make_model(kind="llama", **options):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, initializer_range=0.4, max_position_embeddings=48, pad_token_id=0,
+                 bos_token_id=1, eos_token_id=SIZE - 1)
+    if kind == "llama": llm = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True))
+    else: llm = Qwen2ForCausalLM(Qwen2Config(**sizes))
+    llm.generation_config.max_new_tokens = 6
+    model = ImageBindLLM(config(), llm, tokenizer(), text_tokenizer=tokenizer(), **options)
+    torch.nn.init.normal_(model.injection.gates)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(): return make_model()
+
+
+@pytest.fixture(scope="module")
+def cached(): return make_model(cache=VisualCache.build(features(30, seed=1)))
+
+
+def image(seed=0): return np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+def sound(seed=0): return np.random.default_rng(seed).uniform(-1, 1, 8000).astype(np.float32)
+def features(n, seed=0):
+    return F.normalize(torch.randn(n, 24, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+# --- mixing and prompts, recorded from the published system -----------------------------------------------------------
+
+CACHE_META = json.loads((GOLDEN / "cache_tiny/meta.json").read_text())
+
+
+@pytest.mark.parametrize("entry", CACHE_META["mixes"], ids=lambda entry: f"mix{entry['mix']}")
+def test_recorded_mixtures(entry):
+    inputs, outputs = (load_file(GOLDEN / f"cache_tiny/{name}.safetensors") for name in ("inputs", "outputs"))
+    weights = {name.lower(): weight for name, weight in entry.items() if name != "mix"}
+    mixed = mix([inputs[f"mix/{name}"] for name in weights], list(weights.values()))
+    assert torch.allclose(mixed[0], outputs[f"mix{entry['mix']}/plain"], **CACHE_META["tolerance"])
+    enhanced = VisualCache.load(GOLDEN / "cache_tiny/knn.index").enhance(mixed)
+    assert torch.allclose(enhanced[0], outputs[f"mix{entry['mix']}/enhanced"], **CACHE_META["tolerance"])
+
+
+@pytest.mark.parametrize("case", json.loads((GOLDEN / "prompts/prompts.json").read_text()), ids=range(3))
+def test_alpaca_prompts(case): assert PromptTemplate()(case["instruction"], case["input"]) == case["prompt"]
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+def test_pixels_survive_every_way_in(model):
+    one = model.embed({"image": image()})["image"]
+    assert one.shape == (1, 24) and torch.allclose(one.norm(dim=1), torch.ones(1))
+    assert torch.allclose(model.prepare({"image": (image(), 3.0)}), one, atol=1e-5)
+    assert torch.allclose(model.prepare({"image": [image(1), image()]})[1:], one, atol=1e-5)
+
+
+def test_arrays_with_a_rate_are_no_weighted_pairs(model):
+    plain = model.prepare({"audio": (sound(), 8000)})
+    assert torch.allclose(model.prepare({"audio": ((sound(), 8000), 0.3)}), plain, atol=1e-5)
+    assert model.prepare({"imu": (np.ones((6, 64), np.float32), 64)}).shape == (1, 24)
+
+
+def test_weights_change_the_mixture_and_zero_leaves_out(model):
+    def mixture(a, b): return model.prepare({"image": (image(), a), "audio": ((sound(), 8000), b)})
+    assert not torch.allclose(mixture(1, 1), mixture(1, 2), atol=1e-3)
+    assert torch.allclose(mixture(1, 1), mixture(7, 7), atol=1e-5)
+    assert torch.allclose(mixture(1, 0), model.embed({"image": image()})["image"], atol=1e-5)
+
+
+@torch.no_grad()
+def test_batches_equal_single_requests(cached):
+    pictures = [image(i) for i in range(3)]
+    prompts = ["what is this ?", "describe it", "describe the sound of the bell"]
+    together = cached.generate({"image": pictures, "audio": [(sound(i), 8000) for i in range(3)]}, prompts)
+    alone = [cached.generate({"image": p, "audio": (sound(i), 8000)}, prompts[i])[0] for i, p in enumerate(pictures)]
+    assert together == alone and len(set(alone)) > 1
+    one_prompt = [cached.generate({"image": p}, "describe it")[0] for p in pictures]
+    one_picture = [cached.generate({"image": image()}, p)[0] for p in prompts]
+    assert cached.generate({"image": pictures}, "describe it") == one_prompt
+    assert cached.generate({"image": image()}, prompts) == one_picture
+
+
+def test_text_only_is_the_plain_language_model(model):
+    ids = model.tokenize(["what is this ?"])
+    plain = model.tokenizer.batch_decode(model.llm.generate(**ids)[:, 5:], skip_special_tokens=True)
+    assert plain == model.generate({}, "what is this ?") == model.generate(None, "what is this ?")
+    assert plain == model.answer(None, "what is this ?") != model.answer(features(1), "what is this ?")
+
+
+def test_input_changes_the_answer(model):
+    answers = model.answer(features(12), "what is this ?")
+    assert len(set(answers)) > 3
+
+
+def test_generate_options_pass_through(model):
+    assert len(model.answer(features(2), "what is this ?", num_beams=3, num_return_sequences=3)) == 6
+    assert len(model.answer(features(1), "what is this ?", max_new_tokens=1)[0].split()) <= 1
+    def sample(seed):
+        torch.manual_seed(seed)
+        return model.answer(features(1), "what is this ?", do_sample=True, temperature=2.0)
+    assert sample(1) == sample(1) and len({sample(i)[0] for i in range(5)}) > 1
+    plain = model.answer(features(1), "what is this ?")
+    assert model.answer(features(1), "what is this ?", return_dict_in_generate=True) == plain
+
+
+def test_answers_stay_in_the_context(model):
+    prompt = " ".join(["ball"] * 44)  # 45 tokens with the start, 48 fit
+    assert len(model.answer(None, prompt, max_new_tokens=30, min_new_tokens=3)[0].split()) == 3
+
+
+def test_context_of_a_prompt(model):
+    ids = model.tokenize([("describe", "the bell"), "what is this ?"])
+    assert model.tokenizer.decode(ids["input_ids"][0], skip_special_tokens=True) == "describe the bell"
+    assert ids["attention_mask"].sum(1).tolist() == [4, 5]
+
+
+def test_forward_scores_tokens_and_reaches_what_learns(model):
+    ids = model.tokenize(["what is this ?"])["input_ids"]
+    assert torch.equal(model(ids).logits, model.llm(ids).logits)
+    model(ids, features(1), labels=ids).loss.backward()
+    assert all(p.grad is not None for part in (model.bind, model.injection) for p in part.parameters())
+    model.zero_grad(set_to_none=True)
+
+
+def test_encoder_stays_in_evaluation_mode():
+    model = make_model().train()
+    assert model.bind.training and model.llm.training and not any(m.training for m in model.encoder.modules())
+
+
+def test_cache_is_used_unless_switched_off(cached):
+    raw, enhanced = cached.prepare({"image": image()}, cache=False), cached.prepare({"image": image()})
+    assert torch.allclose(enhanced, cached.cache.enhance(raw, k=5))
+    assert torch.equal(cached.prepare({"image": image()}, cache=True), enhanced)
+    prototype = cached.prepare({"image": image()}, cache=dict(weight=1.0))
+    assert torch.allclose(prototype, cached.cache.enhance(raw, k=5, weight=1.0))
+
+
+def test_a_tokenizer_without_padding_gets_one():
+    plain = tokenizer()
+    plain.pad_token = None
+    llm = make_model().llm
+    batch = ImageBindLLM(config(), llm, plain).tokenize(["describe it", "a ball and a bell"])
+    assert batch["attention_mask"].sum() == 9
+
+
+# --- streaming --------------------------------------------------------------------------------------------------------
+
+def test_stream_equals_generate(cached):
+    for source in ({}, {"image": image()}, {"audio": (sound(), 8000), "text": "a red ball"}):
+        pieces = list(cached.stream(source, "what is this ?", cache=dict(weight=0.2)))
+        assert "".join(pieces).strip() == cached.generate(source, "what is this ?", cache=dict(weight=0.2))[0]
+        assert all(pieces)
+
+
+def test_abandoned_stream_stops_generating(model):
+    class Slow(StoppingCriteria):
+        steps = 0
+        def __call__(self, ids, scores, **_):
+            self.steps += 1
+            time.sleep(0.01)
+            return torch.zeros(len(ids), dtype=torch.bool)
+    slow, before = Slow(), threading.active_count()
+    pieces = model.stream({}, "describe it", stopping_criteria=[slow], max_new_tokens=40, min_new_tokens=40)
+    next(pieces)
+    pieces.close()
+    assert slow.steps < 20 and threading.active_count() == before
+
+
+def test_errors_reach_the_reader(model):
+    class Broken(StoppingCriteria):
+        def __call__(self, ids, scores, **_): raise RuntimeError("broken criterion")
+    pieces = model.stream({}, "describe it", stopping_criteria=[Broken()])
+    with pytest.raises(RuntimeError, match="broken criterion"): list(pieces)
+    with pytest.raises(ValueError, match="one at a time"): model.stream({"image": [image(), image(1)]}, "describe it")
+
+
+def test_streams_run_side_by_side(model):
+    expected = [model.answer(features(3)[i:i + 1], "what is this ?")[0] for i in range(3)]
+    requests = [model._request(features(3)[i:i + 1], "what is this ?", {}) for i in range(3)]
+    results = {}
+    def work(i): results[i] = base_model(model.llm).generate(**requests[i])
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert [model.tokenizer.decode(results[i][0, 5:], skip_special_tokens=True).strip() for i in range(3)] == expected
+
+
+# --- saving and loading -----------------------------------------------------------------------------------------------
+
+def same(a, b):
+    ids = a.tokenize(["what is this ?"])["input_ids"]
+    with torch.no_grad(): assert torch.allclose(a(ids, features(1)).logits, b(ids, features(1)).logits, atol=1e-5)
+    source = {"image": image(), "text": "a red ball", "audio": (sound(), 8000)}
+    assert torch.allclose(a.prepare(source), b.prepare(source), atol=1e-6) and a.config == b.config
+    assert a.generate(source, "what is this ?") == b.generate(source, "what is this ?")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_round_trip(kind, tmp_path):
+    model = make_model(kind)
+    model.save_pretrained(tmp_path / "a")
+    again = load(tmp_path / "a")
+    same(model, again)
+    assert not again.training and again.cache is None
+    assert type(base_model(again.llm)).__name__ == type(model.llm).__name__
+    assert again.llm.generation_config.max_new_tokens == 6
+    again.save_pretrained(tmp_path / "b")
+    first, second = ({p.relative_to(tmp_path / name): p for p in (tmp_path / name).rglob("*")} for name in "ab")
+    assert first.keys() == second.keys()
+    weights = [name for name in first if name.suffix == ".safetensors"]
+    assert len(weights) == 2 and all(first[name].read_bytes() == second[name].read_bytes() for name in weights)
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}], ids=str)
+def test_round_trip_with_lora_keeps_the_bare_value_matrix(options, tmp_path):
+    model = make_model(cache=VisualCache.build(features(9)))
+    bare = model.llm.model.layers[0].self_attn.v_proj.weight.clone()
+    targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
+    lora = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **options)
+    model.llm = get_peft_model(model.llm, lora).eval()
+    for name, p in model.llm.named_parameters():  # as stage 2 tunes them
+        if "norm" in name or name.endswith("bias") or "modules_to_save" in name: p.data.normal_()
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert torch.equal(again.llm.get_base_model().model.layers[0].self_attn.v_proj.base_layer.weight, bare)
+    same(model, again)
+
+
+def test_saved_folder_names_no_path_of_this_machine(tmp_path):
+    make_model().save_pretrained(tmp_path / "first")
+    model = load(tmp_path / "first")
+    model.llm = get_peft_model(model.llm, LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "second")
+    texts = [p.read_bytes() for p in (tmp_path / "second").rglob("*") if p.is_file()]
+    assert texts and not any(str(tmp_path).encode() in text for text in texts)
+
+
+def test_saving_again_replaces_the_parts_and_nothing_else(tmp_path, cached):
+    (tmp_path / "notes.txt").write_text("mine")
+    cached.save_pretrained(tmp_path)
+    make_model().save_pretrained(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    names = {"config.json", "llm", "model.safetensors", "notes.txt", "text_tokenizer", "tokenizer"}
+    assert {p.name for p in tmp_path.iterdir()} == names
+
+
+def test_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    def fail(*_): raise OSError("disk full")
+    monkeypatch.setattr(type(model.tokenizer), "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"): model.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert not any(p.name.startswith("tmp") for p in tmp_path.iterdir())
+    same(model, load(tmp_path))
+
+
+def test_language_model_options_pass_through(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    again = ImageBindLLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert again.llm.dtype == torch.bfloat16 and again.bind.project.weight.dtype == torch.float32
+    assert again.generate({"image": image()}, "what is this ?")[0] is not None
+
+
+def test_config_defaults_are_the_published_system():
+    default = ModelConfig()
+    assert default.cache == CacheConfig(10, 20.0, 0.5) and default.bind == BindConfig(3, 4, "rms")
+    assert default.layers is None and default.encoder == ImageBindConfig()
+    assert ModelConfig.from_dict({}) == default
+
+
+def test_top_level_names(): assert ibllm.load is load and ibllm.ImageBindLLM is ImageBindLLM
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+NAN = torch.full((1, 24), math.nan)
+BAD = {
+    "unknown modality": (lambda m: m.generate({"smell": "x"}, "hi"), ValueError, "modality 'smell'"),
+    "modality this model lacks": (lambda m: m.generate({"thermal": "x"}, "hi"), ValueError, "modality 'thermal'"),
+    "inputs no dict": (lambda m: m.generate("x.png", "hi"), TypeError, "^inputs: got str, wants a dict"),
+    "empty list of sources": (lambda m: m.generate({"image": []}, "hi"), ValueError, "empty"),
+    "empty tuple": (lambda m: m.generate({"audio": ()}, "hi"), ValueError, "^audio: got a tuple"),
+    "missing file": (lambda m: m.generate({"image": "absent.png"}, "hi"), FileNotFoundError, "absent.png"),
+    "wrong dtype": (lambda m: m.embed({"image": np.ones((4, 4, 3), complex)}), (ValueError, TypeError), "complex"),
+    "wrong shape": (lambda m: m.embed({"audio": (np.ones((1, 1, 1, 8)), 8000)}), ValueError, r"\(1, 1, 1, 8\)"),
+    "NaN in a recording": (lambda m: m.embed({"audio": (np.full(8000, np.nan), 8000)}), ValueError, "(?i)nan"),
+    "negative weight": (lambda m: m.generate({"image": (image(), -1)}, "hi"), ValueError, "^weights: got"),
+    "NaN weight": (lambda m: m.generate({"image": (image(), math.nan)}, "hi"), ValueError, "^weights: got"),
+    "all weights zero": (lambda m: m.generate({"image": (image(), 0)}, "hi"), ValueError, "not all of them 0"),
+    "weight no number": (lambda m: m.generate({"image": (image(), "1")}, "hi"), ValueError, "^image: got a tuple"),
+    "unequal lists": (lambda m: m.generate({"image": [image()] * 2, "audio": (sound(), 8000)}, "hi"), ValueError,
+                      r"^features: got shapes \[\(2, 24\), \(1, 24\)\]"),
+    "prompts for other inputs": (lambda m: m.generate({"image": [image()] * 3}, ["hi"] * 2), ValueError,
+                                 "^prompts: got 2 for 3 inputs"),
+    "no prompts": (lambda m: m.generate({}, []), ValueError, "^prompts: got an empty list"),
+    "empty prompt": (lambda m: m.generate({}, " "), ValueError, "^prompts: got ' ', wants text"),
+    "prompt no text": (lambda m: m.generate({}, [3]), ValueError, "^prompts: got 3, wants text"),
+    "long prompt": (lambda m: m.generate({}, "ball " * 60), ValueError, "^prompts: got one of 61 tokens, wants fewer"),
+    "NaN features": (lambda m: m.answer(NAN, "hi"), ValueError, "^features: got NaN"),
+    "features of another width": (lambda m: m.answer(torch.ones(1, 5), "hi"), ValueError, r"got .* \(1, 5\)"),
+    "features of another rank": (lambda m: m.answer(torch.ones(24), "hi"), ValueError, r"^features: got .* \(24,\)"),
+    "integer features": (lambda m: m.answer(torch.ones(1, 24).long(), "hi"), ValueError, "^features: got torch.int64"),
+    "features no tensor": (lambda m: m.answer([[1.0]], "hi"), ValueError, "^features: got list"),
+    "k above the memory": (lambda m: m.generate({"image": image()}, "hi", cache=dict(k=31)), ValueError, "^k: got 31"),
+    "unknown cache setting": (lambda m: m.generate({"image": image()}, "hi", cache=dict(size=3)), ValueError,
+                              r"^cache: got unknown keys \['size'\]"),
+    "cache of another type": (lambda m: m.generate({"image": image()}, "hi", cache=10), TypeError, "^cache: got int"),
+    "misspelt option": (lambda m: m.generate({}, "hi", max_new_token=3), ValueError, "max_new_token"),
+}
+
+
+@pytest.mark.parametrize("call, error, message", BAD.values(), ids=BAD.keys())
+def test_requests_refused(call, error, message, cached):
+    with pytest.raises(error, match=message) as raised: call(cached)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (([], []), "^features: got none"), (([torch.ones(1, 2)], [1, 1]), "^weights: got 2, wants 1"),
+    (([torch.ones(1, 2)], [math.inf]), "^weights: got"),
+    (([torch.ones(1, 2), torch.ones(1, 3)], [1, 1]), "^features: got shapes")])
+def test_mix_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message): mix(*arguments)
+
+
+def test_cache_wanted_but_absent(model):
+    for cache in (True, dict(k=1)):
+        with pytest.raises(ValueError, match="^cache: this model has no memory"):
+            model.prepare({"image": image()}, cache)
+
+
+def test_parts_that_do_not_fit(model):
+    with pytest.raises(ValueError, match="^cache: got features of width 3, wants 24"):
+        ImageBindLLM(config(), model.llm, tokenizer(), cache=VisualCache.build(torch.ones(1, 3)))
+    other = ImageBind(ImageBindConfig(feature_dim=8, vision=None, text=None, audio=None, point=None, depth=None,
+                                      thermal=None, imu=IMUConfig(width=16, blocks=1, heads=2)))
+    with pytest.raises(ValueError, match="^encoder: got one whose config is not"):
+        ImageBindLLM(config(), model.llm, tokenizer(), encoder=other)
+
+
+def test_merged_lora_is_not_saved(tmp_path):
+    model = make_model()
+    model.llm = get_peft_model(model.llm, LoraConfig(r=2, target_modules=["q_proj"]))
+    model.llm.merge_adapter()
+    with pytest.raises(ValueError, match="^llm: got merged LoRA"): model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"model_type": "llama"}'])
+def test_folders_that_hold_no_model(content, tmp_path):
+    if content is not None: (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="holds no model, wants a folder written by `save_pretrained`$"): load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["toylend", "a/b/c", "no such folder"])
+def test_unknown_names(name):
+    with pytest.raises(ValueError, match="^name: got .*, wants 'toyland', a folder"): load(name)
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    for wrong in (weights | {"bind.extra": torch.ones(1)}, {n: p for n, p in weights.items() if n != "injection.gates"},
+                  weights | {"injection.gates": torch.ones(1, 4)}):
+        save_file(wrong, path)
+        with pytest.raises(ValueError, match="^folder: 1 weights of model.safetensors do not fit its config.json"):
+            load(tmp_path)
