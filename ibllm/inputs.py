@@ -7,7 +7,7 @@ __all__ = ['LOADERS', 'PictureConfig', 'SoundTextConfig', 'SensorConfig', 'Input
            'mel_filters', 'log_mel', 'resample', 'audio_clips', 'load_audio', 'clip_frames', 'load_video', 'load_text',
            'load_point', 'load_depth', 'load_thermal', 'load_imu', 'Processor']
 
-# %% ../nbs/01_inputs.ipynb #c8de0e3e
+# %% ../nbs/01_inputs.ipynb #97b9ccec
 import html, io, math, os, re, warnings, zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import trimesh
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# %% ../nbs/01_inputs.ipynb #17de3d8b
+# %% ../nbs/01_inputs.ipynb #6421be28
 @dataclass(frozen=True)
 class PictureConfig:
     "Image and video."
@@ -33,7 +33,7 @@ class PictureConfig:
     video_frames: int = 2          # taken from each clip: the first, ..., the last
     video_crops: int = 3           # 3 along the long side, or 1 in the centre
 
-# %% ../nbs/01_inputs.ipynb #9bf915db
+# %% ../nbs/01_inputs.ipynb #ace4a75f
 @dataclass(frozen=True)
 class SoundTextConfig:
     "Audio and text."
@@ -51,7 +51,7 @@ class SoundTextConfig:
     text_length: int = 77          # ids, start and end included
     released_text: bool = False    # treat long texts and typed special tokens as the released tokenizer does
 
-# %% ../nbs/01_inputs.ipynb #3e0731a4
+# %% ../nbs/01_inputs.ipynb #61a97d84
 @dataclass(frozen=True)
 class SensorConfig:
     "Point clouds, depth, heat and motion."
@@ -73,7 +73,7 @@ class SensorConfig:
     imu_samples: int = 2000
     imu_seconds: float = 5.0
 
-# %% ../nbs/01_inputs.ipynb #9f97fa6f
+# %% ../nbs/01_inputs.ipynb #0f08a420
 @dataclass(frozen=True)
 class InputConfig(PictureConfig, SoundTextConfig, SensorConfig):
     "Every size, rate and unit of the inputs; the defaults are the published system's."
@@ -84,11 +84,11 @@ class InputConfig(PictureConfig, SoundTextConfig, SensorConfig):
             if isinstance(value, list): object.__setattr__(self, field.name, tuple(value))
         if self.video_crops not in (1, 3): raise ValueError(f"video_crops: got {self.video_crops}; expected 1 or 3")
 
-# %% ../nbs/01_inputs.ipynb #2fa05a4c
+# %% ../nbs/01_inputs.ipynb #6c9f33dd
 class InputError(ValueError):
     "A source that cannot be used. One line: its name, what was found, what is wanted."
 
-# %% ../nbs/01_inputs.ipynb #0cc0db2d
+# %% ../nbs/01_inputs.ipynb #eaaea643
 @contextmanager
 def _reading(name, wanted):
     "Turn whatever a library raises about a file into one line that names it."
@@ -105,7 +105,7 @@ def _name(source):
     if isinstance(source, (str, os.PathLike)): return os.fspath(source)
     return str(getattr(source, "name", f"<{type(source).__name__}>"))
 
-# %% ../nbs/01_inputs.ipynb #da9e8704
+# %% ../nbs/01_inputs.ipynb #b2bd3430
 @contextmanager
 def _opened(source, wanted):
     "(name for messages, seekable binary file) of a path, an open file or bytes."
@@ -128,7 +128,7 @@ def _opened(source, wanted):
     finally:
         if file is not source: file.close()
 
-# %% ../nbs/01_inputs.ipynb #8ba37780
+# %% ../nbs/01_inputs.ipynb #37842b9d
 MAX_BYTES = 128 * 2**20  # of a file that is read at once, and of what an archive unpacks to
 MAX_PIXELS = 2**25       # of one video frame or map
 MAX_ASPECT = 50          # long side over short side
@@ -149,14 +149,14 @@ def _array(source):
         return (source.float() if source.dtype == torch.bfloat16 else source).numpy()
     return source if isinstance(source, np.ndarray) else None
 
-
+# %% ../nbs/01_inputs.ipynb #d3f44435
 def _check_sides(name, height, width, most=math.inf):
     "Refuse pictures whose short side could not be scaled, or that are too large."
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise InputError(f"{name}: {width} x {height} pixels; one side may be {MAX_ASPECT} times the other at most")
     if height * width > most: raise InputError(f"{name}: {width} x {height} pixels; expected {most >> 20} million at most")
 
-# %% ../nbs/01_inputs.ipynb #bc3e54dc
+# %% ../nbs/01_inputs.ipynb #6704fec8
 def _with_rate(source, rate):
     "(source, rate) of a source that may be a pair; `rate` where it is not."
     if not isinstance(source, tuple): return source, rate
@@ -168,7 +168,7 @@ def _check_rate(name, rate, low, high):
     if not isinstance(rate, (int, float, np.number)) or not low <= rate <= high:
         raise InputError(f"{name}: a rate of {rate!r}; expected {low:,} to {high:,} per second")
 
-# %% ../nbs/01_inputs.ipynb #316dfa7b
+# %% ../nbs/01_inputs.ipynb #d0b8ecea
 def _lists(load):
     "Let a loader take a list: its items are loaded one by one and joined."
     @wraps(load)
@@ -189,7 +189,7 @@ def _in_slices(convert, batch):
     for i in range(size, len(batch), size): whole[i:i + size] = convert(batch[i:i + size])
     return whole
 
-# %% ../nbs/01_inputs.ipynb #719208c2
+# %% ../nbs/01_inputs.ipynb #3841c7be
 def _open_picture(name, data, wanted):
     "The PIL image of a file's contents, not yet decoded. EPS is left out: reading it means running a program."
     Image.init()
@@ -207,7 +207,7 @@ def _decode_picture(name, image, wanted):
         image.load()
         return ImageOps.exif_transpose(image)
 
-# %% ../nbs/01_inputs.ipynb #199e6ea0
+# %% ../nbs/01_inputs.ipynb #24fc8d42
 def _to_rgb(image):
     "RGB with 8 bits: 16-bit grey is scaled, alpha is dropped."
     if image.mode.startswith("I"):
@@ -228,7 +228,7 @@ def _uint8(pixels):
     if pixels.dtype.kind in "iu" and 0 <= low <= high <= 255: return pixels.astype(np.uint8)
     raise InputError(f"pixels of {pixels.dtype} from {low} to {high}; expected uint8, uint16, or floats in [0, 1]")
 
-# %% ../nbs/01_inputs.ipynb #f4dd43da
+# %% ../nbs/01_inputs.ipynb #9352d4b7
 def _scaled(height, width, size):
     "(height, width) with the short side at `size`, the long side rounded down."
     return (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
@@ -253,7 +253,7 @@ def _pixel_tensor(pixels, config):
     x = torch.from_numpy(np.array(pixels)).movedim(-1, 1)
     return _normalize_rgb(x.to(torch.float32, memory_format=torch.contiguous_format).div_(255), config)
 
-# %% ../nbs/01_inputs.ipynb #d1539100
+# %% ../nbs/01_inputs.ipynb #0f9880f8
 def _image_array(pixels):
     "uint8 [B, H, W, 3] of an array of pictures."
     shape = pixels.shape
@@ -266,7 +266,7 @@ def _image_array(pixels):
     _check_sides("image array", *pixels.shape[1:3])
     return np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels[..., :3]
 
-# %% ../nbs/01_inputs.ipynb #de664c7b
+# %% ../nbs/01_inputs.ipynb #b187a045
 def _read_image(source, size):
     "uint8 [size, size, 3] of a file or PIL image."
     name, image = "PIL image", source
@@ -276,7 +276,7 @@ def _read_image(source, size):
     image = _decode_picture(name, image, "a picture")
     with _reading(name, "a picture"): return _fit_picture(_to_rgb(image), size)
 
-# %% ../nbs/01_inputs.ipynb #1c504ddb
+# %% ../nbs/01_inputs.ipynb #77dbfe8c
 @_lists
 def load_image(source, config=InputConfig()):
     """Pictures as normalised float32 [B, 3, image_size, image_size].
@@ -293,7 +293,7 @@ def load_image(source, config=InputConfig()):
         pixels = np.stack([_fit_picture(Image.fromarray(np.ascontiguousarray(p)), config.image_size) for p in pixels])
     return _in_slices(lambda part: _pixel_tensor(part, config), pixels)
 
-# %% ../nbs/01_inputs.ipynb #b0177cc1
+# %% ../nbs/01_inputs.ipynb #db777244
 @lru_cache
 def mel_filters(bins, fft_size, rate, low_hz, high_hz):
     "Triangular filters, float32 [bins, fft_size / 2], equally spaced and linear in mel (released code)."
@@ -304,10 +304,10 @@ def mel_filters(bins, fft_size, rate, low_hz, high_hz):
     rising, falling = (position - left) / (centre - left), (right - position) / (right - centre)
     return torch.minimum(rising, falling).clamp(min=0).float()
 
-# %% ../nbs/01_inputs.ipynb #9392532b
+# %% ../nbs/01_inputs.ipynb #bc7734cc
 def _samples(ms, config): return round(config.audio_rate * ms / 1000)
 
-# %% ../nbs/01_inputs.ipynb #c42aca4b
+# %% ../nbs/01_inputs.ipynb #89a6eccb
 def log_mel(waves, config=InputConfig()):
     """Log energies of a Kaldi filter bank, float32 [..., frames, mel bins] of waves [..., samples] at `audio_rate`.
 
@@ -324,7 +324,7 @@ def log_mel(waves, config=InputConfig()):
     power = spectrum.real.square() + spectrum.imag.square()
     return (power[..., :-1] @ filters.T).clamp(min=2**-23).log()
 
-# %% ../nbs/01_inputs.ipynb #6a16280a
+# %% ../nbs/01_inputs.ipynb #be66fde3
 def _sinc_weights(step, phases, zeros, rolloff):
     "Which old samples [phases, taps], relative to a block's start, make the new ones, and their weights."
     cutoff = rolloff * min(step, phases) / step
@@ -335,7 +335,7 @@ def _sinc_weights(step, phases, zeros, rolloff):
     window = torch.cos(offset * math.pi / zeros / 2).square()
     return taps, (torch.sinc(offset) * window * cutoff).float()
 
-# %% ../nbs/01_inputs.ipynb #e55d34df
+# %% ../nbs/01_inputs.ipynb #1ef757fd
 def resample(waves, from_rate, to_rate, start=0, count=None, zeros=6, rolloff=0.99):
     """Band-limited resampling of float32 [..., samples] to [..., `count`], from new sample `start` on; None: to the end.
 
@@ -357,7 +357,7 @@ def resample(waves, from_rate, to_rate, start=0, count=None, zeros=6, rolloff=0.
         pieces.append((needed[..., old] * weights[moment % phases]).sum(-1))
     return torch.cat(pieces, -1)
 
-# %% ../nbs/01_inputs.ipynb #8a80e76d
+# %% ../nbs/01_inputs.ipynb #9576e1b8
 def audio_clips(waves, rate, config=InputConfig()):
     """`audio_clips` evenly spaced clips of waves [B, samples] without their means, [B, clips, samples] at `audio_rate`.
 
@@ -369,7 +369,7 @@ def audio_clips(waves, rate, config=InputConfig()):
     clips = torch.stack([resample(waves, rate, config.audio_rate, start, length) for start in starts], 1)
     return clips - clips.mean(-1, keepdim=True)
 
-# %% ../nbs/01_inputs.ipynb #bd7c507d
+# %% ../nbs/01_inputs.ipynb #143c58a5
 def _log_mel_clips(name, waves, rate, config):
     "[B, clips, 1, mel bins, frames] of [B, samples]."
     clips, frame = audio_clips(waves, rate, config), _samples(config.audio_frame_ms, config)
@@ -379,7 +379,7 @@ def _log_mel_clips(name, waves, rate, config):
     x = F.pad(x, (0, config.audio_frames - x.shape[-1]))
     return ((x - config.audio_mean) / config.audio_std).unsqueeze(2).contiguous()
 
-# %% ../nbs/01_inputs.ipynb #a97cf35f
+# %% ../nbs/01_inputs.ipynb #771a8392
 MAX_SAMPLES = 30 * 60 * 48_000  # of one sound: half an hour at 48 kHz
 SAFE = {"protocol_whitelist": "pipe"}
 
@@ -393,7 +393,7 @@ def _check_sound(name, samples, rate):
 def _check_whole(name, found, claimed, slack):
     if found + slack < claimed: raise InputError(f"{name}: cut off after {found:g} of {claimed:g} s; give a whole sound")
 
-# %% ../nbs/01_inputs.ipynb #6f7638dd
+# %% ../nbs/01_inputs.ipynb #17d0e07b
 def _read_wave(name, file, claimed):
     "(float32 [samples] of the first channel, rate) by libsndfile, of a file that claims so many bytes."
     start = file.tell()
@@ -407,7 +407,7 @@ def _read_wave(name, file, claimed):
         _check_whole(name, len(wave) / sound.samplerate, sound.frames / sound.samplerate, 0)
         return wave, sound.samplerate
 
-
+# %% ../nbs/01_inputs.ipynb #5a1b2228
 def _read_track(name, file):
     "(float32 [samples] of the first channel, rate) of the first sound track, by PyAV."
     with _reading(name, "a sound"), av.open(file, options=SAFE) as container:
@@ -421,7 +421,7 @@ def _read_track(name, file):
         _check_whole(name, samples / rate, float((stream.duration or 0) * stream.time_base), 0.2)
         return np.concatenate(pieces), rate
 
-# %% ../nbs/01_inputs.ipynb #05f0332b
+# %% ../nbs/01_inputs.ipynb #07b671d8
 def _read_sound(source):
     "(name, float32 [samples] of the first channel, rate)."
     with _opened(source, "a sound") as (name, file):
@@ -434,7 +434,7 @@ def _read_sound(source):
             except soundfile.LibsndfileError: file.seek(start)
         return name, *_read_track(name, file)
 
-# %% ../nbs/01_inputs.ipynb #6641675f
+# %% ../nbs/01_inputs.ipynb #3c6f77e2
 def _sound_array(array):
     "float32 [B, samples] of [samples], [B, samples] or [B, channels, samples]."
     if array.ndim not in (1, 2, 3) or 0 in array.shape:
@@ -451,7 +451,7 @@ def _check_waves(name, waves):
     if max(-low, high) > 10:
         raise InputError(f"{name}: samples up to {max(-low, high):g}; expected [-1, 1]: these look like integers, divide by 32768")
 
-# %% ../nbs/01_inputs.ipynb #e0b74c62
+# %% ../nbs/01_inputs.ipynb #fb03b517
 @_lists
 def load_audio(source, config=InputConfig()):
     """Sounds as normalised log-mel clips, float32 [B, clips, 1, mel bins, frames].
@@ -474,7 +474,7 @@ def load_audio(source, config=InputConfig()):
     _check_waves(name, array)
     return _in_slices(lambda part: _log_mel_clips(name, torch.from_numpy(np.array(part)), int(rate), config), array)
 
-# %% ../nbs/01_inputs.ipynb #58fdeb8a
+# %% ../nbs/01_inputs.ipynb #60fea24d
 def clip_frames(times, duration, config=InputConfig()):
     """Which frames the encoder sees: indices [clips, video_frames] into `times`, the sorted starts of frames in seconds.
 
@@ -488,7 +488,7 @@ def clip_frames(times, duration, config=InputConfig()):
     share = np.linspace(0, 1, config.video_frames)
     return (first[:, None] + np.floor(share * (last - first)[:, None] + 1e-9)).astype(int)
 
-# %% ../nbs/01_inputs.ipynb #e3d8b16c
+# %% ../nbs/01_inputs.ipynb #f24c0660
 def _video_tensor(pixels, config):
     "Normalised float32 [B, clips * crops, 3, frames, size, size] of uint8 [B, clips * frames, H, W, 3]."
     batch, _, height, width, _ = pixels.shape
@@ -503,7 +503,7 @@ def _video_tensor(pixels, config):
     along = -1 if height <= width else -2
     return torch.stack([x.narrow(along, start, size) for start in starts], 2).flatten(1, 2)
 
-# %% ../nbs/01_inputs.ipynb #a930016e
+# %% ../nbs/01_inputs.ipynb #ac57b66d
 def _video_stream(name, container):
     "The first stream of moving pictures; a sound file's cover does not count."
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
@@ -522,7 +522,7 @@ def _frame_times(name, container, stream):
     keys = np.array([start for start, _, key in packets if key] or starts[:1])
     return starts, keys, float((starts[-1] + last - starts[0]) * stream.time_base)
 
-# %% ../nbs/01_inputs.ipynb #e56ced8f
+# %% ../nbs/01_inputs.ipynb #a9b70e2a
 MAX_DECODED = 2**32  # pixels, of all frames that must be decoded to reach the wanted ones
 
 
@@ -542,7 +542,7 @@ def _decode(name, container, stream, wanted, keys):
         found[start] = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
     return found
 
-# %% ../nbs/01_inputs.ipynb #d47f67dd
+# %% ../nbs/01_inputs.ipynb #c70dfd2b
 def _read_video(source, config):
     "uint8 [clips * frames, H, W, 3]: the wanted frames of a file."
     with _opened(source, "a video") as (name, file), _reading(name, "a video"), av.open(file, options=SAFE) as container:
@@ -553,7 +553,7 @@ def _read_video(source, config):
         found = _decode(name, container, stream, sorted(set(wanted)), keys)
         return np.stack([found[start] for start in wanted])
 
-# %% ../nbs/01_inputs.ipynb #82f3a17d
+# %% ../nbs/01_inputs.ipynb #0f8217e3
 def _video_array(pixels, fps):
     "uint8 [B, T, H, W, 3] of an array of frames."
     array = _array(pixels)
@@ -564,7 +564,7 @@ def _video_array(pixels, fps):
     _check_sides("video array", *array.shape[-3:-1], MAX_PIXELS)
     return array if array.ndim == 5 else array[None]
 
-# %% ../nbs/01_inputs.ipynb #e195f9f7
+# %% ../nbs/01_inputs.ipynb #eb3030af
 @_lists
 def load_video(source, config=InputConfig()):
     """Videos as normalised float32 [B, clips * crops, 3, frames, image_size, image_size], clip by clip. Sound is ignored.
@@ -585,7 +585,7 @@ def load_video(source, config=InputConfig()):
     wanted = clip_frames(np.arange(count) / fps, count / fps, config).flatten()
     return _in_slices(lambda part: _video_tensor(part[:, wanted], config), pixels)
 
-# %% ../nbs/01_inputs.ipynb #4d8eef6e
+# %% ../nbs/01_inputs.ipynb #94d21d51
 MAX_CHARACTERS = 1_000_000  # of one text
 
 
@@ -604,7 +604,7 @@ def _clean(text, config):
     text = " ".join(html.unescape(html.unescape(text)).split())
     return text.lower() if config.released_text else text
 
-
+# %% ../nbs/01_inputs.ipynb #2df02a90
 def _check_tokenizer(tokenizer):
     "Start and end ids of a tokenizer whose end token the encoder can find."
     if tokenizer is None: raise ValueError("tokenizer: got None; text needs Processor(config, tokenizer)")
@@ -613,7 +613,7 @@ def _check_tokenizer(tokenizer):
     if end != top: raise ValueError(f"tokenizer: end token has id {end}; expected the largest, {top}")
     return start, end
 
-# %% ../nbs/01_inputs.ipynb #f8e5890b
+# %% ../nbs/01_inputs.ipynb #5e51ed29
 def load_text(source, config=InputConfig(), tokenizer=None):
     """Texts as int64 ids [B, text_length]: start, words, end, then 0.
 
@@ -634,7 +634,7 @@ def load_text(source, config=InputConfig(), tokenizer=None):
         row[:len(body)] = body
     return ids
 
-# %% ../nbs/01_inputs.ipynb #03eec1a6
+# %% ../nbs/01_inputs.ipynb #c35f91a3
 def _columns(array):
     "float32 [N, 3]: the first three columns of an array of numbers."
     if array.ndim != 2 or array.shape[1] < 3 or array.dtype.kind not in "fiu" or not len(array):
@@ -657,7 +657,7 @@ def _check_text(data):
 
 MAX_TEXT = 32 * 2**20  # of a cloud or mesh written as text
 
-# %% ../nbs/01_inputs.ipynb #9c9ab176
+# %% ../nbs/01_inputs.ipynb #b7297cd2
 def _read_mesh(data, kind, config):
     "The vertices of a cloud, or points on the surface of a mesh."
     if kind in ("obj", "off") or b"format ascii" in data[:100]: _check_text(data)
@@ -672,7 +672,7 @@ def _read_mesh(data, kind, config):
     if not shape.area > 0: raise ValueError("a mesh without surface")
     return trimesh.sample.sample_surface(shape, config.points, seed=config.point_seed)[0]
 
-# %% ../nbs/01_inputs.ipynb #a4902262
+# %% ../nbs/01_inputs.ipynb #77f4de1d
 def _read_pcd(data):
     "[N, 3] of a PCD file."
     header, start = {}, 0
@@ -692,7 +692,7 @@ def _read_pcd(data):
     if len(rows) != points: raise ValueError(f"{len(rows)} of {points} points")
     return rows
 
-# %% ../nbs/01_inputs.ipynb #166b751f
+# %% ../nbs/01_inputs.ipynb #530f81b7
 def _check_zip(data):
     "Refuse an archive that unpacks to more than may be read at once."
     with zipfile.ZipFile(io.BytesIO(data)) as archive: size = sum(entry.file_size for entry in archive.infolist())
@@ -706,7 +706,7 @@ def _read_npy(data):
     if math.prod(shape) * dtype.itemsize > len(data): raise ValueError(f"claims shape {shape}, is cut off")
     return np.load(io.BytesIO(data), allow_pickle=False)
 
-# %% ../nbs/01_inputs.ipynb #311881c0
+# %% ../nbs/01_inputs.ipynb #1b5731ad
 def _read_npz(data):
     _check_zip(data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -722,7 +722,7 @@ def _read_pt(data):
     if tensor.numel() * 8 > MAX_BYTES: raise ValueError(f"claims shape {tuple(tensor.shape)}")
     return _array(tensor)
 
-# %% ../nbs/01_inputs.ipynb #4bc841ed
+# %% ../nbs/01_inputs.ipynb #6a530fcd
 POINT_READERS = dict(npy=_read_npy, npz=_read_npz, pt=_read_pt, pcd=_read_pcd, xyz=_read_columns, pts=_read_columns)
 MESHES = ("ply", "obj", "off", "stl")
 
@@ -742,11 +742,11 @@ def _read_points(source, config):
     kind = _point_format(name, data)
     if kind not in POINT_READERS and kind not in MESHES:
         raise InputError(f"{name}: format {kind[:20]!r}; expected one of {', '.join((*POINT_READERS, *MESHES))}")
-    with _reading(name, f"a {kind} point cloud or mesh"):
+    with _reading(name, f"points in {kind} format"):
         array = POINT_READERS[kind](data) if kind in POINT_READERS else _read_mesh(data, kind, config)
         return name, _columns(array)
 
-# %% ../nbs/01_inputs.ipynb #505d36bb
+# %% ../nbs/01_inputs.ipynb #92385aed
 def _choose(count, config):
     "Which of `count` points to take, `config.points` of them."
     generator = torch.Generator().manual_seed(config.point_seed)
@@ -761,7 +761,7 @@ def _unit_ball(name, x):
     if not (radius > 0).all(): raise InputError(f"{name}: all points are in one place; expected a shape")
     return x / radius
 
-# %% ../nbs/01_inputs.ipynb #19531671
+# %% ../nbs/01_inputs.ipynb #88d92430
 @_lists
 def load_point(source, config=InputConfig()):
     """Point clouds as float32 [B, points, 3], in any unit of length.
@@ -781,7 +781,7 @@ def load_point(source, config=InputConfig()):
     if x.shape[1] != config.points: x = x[:, _choose(x.shape[1], config)]
     return _unit_ball(name, x) if config.point_normalize else x
 
-# %% ../nbs/01_inputs.ipynb #c769331e
+# %% ../nbs/01_inputs.ipynb #69b6e8b7
 def _read_map_file(source, wanted):
     "(name, array) of a picture or an npy file; colours are turned into grey."
     name, image = "PIL image", source
@@ -806,7 +806,7 @@ def _read_map(source, modality):
     _check_sides(name, *array.shape[-2:], MAX_PIXELS)
     return name, array if array.ndim == 3 else array[None]
 
-# %% ../nbs/01_inputs.ipynb #fb97e0a3
+# %% ../nbs/01_inputs.ipynb #8c9ff076
 def _fit_map(x, size):
     "[B, 1, size, size] of [B, H, W]: short side by antialiased bilinear resampling, then the centre."
     x = x.unsqueeze(1)
@@ -814,7 +814,7 @@ def _fit_map(x, size):
     top, left = (round((side - size) / 2) for side in x.shape[-2:])
     return x[..., top:top + size, left:left + size]
 
-# %% ../nbs/01_inputs.ipynb #91b6c95e
+# %% ../nbs/01_inputs.ipynb #22e90aea
 def _metres(name, array, config):
     "(float32 depth in metres, which pixels have a reading)."
     if array.dtype.itemsize == 1: raise InputError(f"{name}: 8-bit values; expected metres as floats, or a 16-bit map")
@@ -827,7 +827,7 @@ def _metres(name, array, config):
     if middle > 100: raise InputError(f"{name}: median depth {middle:g}; expected metres: these look like millimetres")
     return depth, seen
 
-# %% ../nbs/01_inputs.ipynb #1e2923ba
+# %% ../nbs/01_inputs.ipynb #b0612327
 @_lists
 def load_depth(source, config=InputConfig()):
     """Depth maps as normalised disparity, float32 [B, 1, image_size, image_size].
@@ -847,7 +847,7 @@ def load_depth(source, config=InputConfig()):
         return (_fit_map(share, config.image_size) - config.depth_mean) / config.depth_std
     return _in_slices(convert, array)
 
-# %% ../nbs/01_inputs.ipynb #dd05143e
+# %% ../nbs/01_inputs.ipynb #ddc128b7
 def _celsius(name, array):
     "float32 degrees Celsius of floats, or of integers in hundredths of a kelvin."
     x = torch.from_numpy(array.astype(np.float32))
@@ -862,7 +862,7 @@ def _celsius(name, array):
         raise InputError(f"{name}: values in [0, 1]; expected degrees Celsius: these look scaled, give uint8 for relative heat")
     return x
 
-# %% ../nbs/01_inputs.ipynb #7cc40f8c
+# %% ../nbs/01_inputs.ipynb #02037fa4
 @_lists
 def load_thermal(source, config=InputConfig()):
     """Thermal maps as float32 [B, 1, image_size, image_size].
@@ -882,7 +882,7 @@ def load_thermal(source, config=InputConfig()):
         return (_fit_map(x, config.image_size) - config.thermal_mean) / config.thermal_std
     return _in_slices(convert, array)
 
-# %% ../nbs/01_inputs.ipynb #9e02c726
+# %% ../nbs/01_inputs.ipynb #a2c96ba6
 IMU_COLUMNS = ("ax", "ay", "az", "gx", "gy", "gz")
 
 
@@ -901,7 +901,7 @@ def _read_imu(source):
         times = table[:, names.index("t")] if "t" in names else None
         return name, table[:, [names.index(column) for column in IMU_COLUMNS]].T, times
 
-# %% ../nbs/01_inputs.ipynb #724463c0
+# %% ../nbs/01_inputs.ipynb #fbeb768f
 def _check_times(name, times):
     step = np.diff(times)
     if not np.isfinite(times).all() or not (step > 0).all(): raise InputError(f"{name}: column t does not increase; expected seconds")
@@ -927,7 +927,7 @@ def _middle(motion, times, config):
     share = torch.from_numpy(((moments - times[left]) / gap).clip(0, 1)).float()
     return torch.lerp(motion[..., left], motion[..., right], share)
 
-# %% ../nbs/01_inputs.ipynb #516e21d7
+# %% ../nbs/01_inputs.ipynb #60052a44
 @_lists
 def load_imu(source, config=InputConfig()):
     """Accelerations (m/s²) and turning rates (rad/s) as float32 [B, 6, imu_samples].
@@ -951,7 +951,7 @@ def load_imu(source, config=InputConfig()):
     fits = motion.shape[-1] == config.imu_samples and np.allclose(np.diff(times), config.imu_seconds / config.imu_samples)
     return motion if fits else _middle(motion, times, config)
 
-# %% ../nbs/01_inputs.ipynb #a6a8525f
+# %% ../nbs/01_inputs.ipynb #a699e4e8
 LOADERS = dict(image=load_image, video=load_video, text=load_text, audio=load_audio,
                point=load_point, depth=load_depth, thermal=load_thermal, imu=load_imu)
 
