@@ -7,7 +7,7 @@ __all__ = ['LOADERS', 'PictureConfig', 'SoundTextConfig', 'SensorConfig', 'Input
            'mel_filters', 'log_mel', 'resample', 'audio_clips', 'load_audio', 'clip_frames', 'load_video', 'load_text',
            'load_point', 'load_depth', 'load_thermal', 'load_imu', 'Processor']
 
-# %% ../nbs/01_inputs.ipynb #97b9ccec
+# %% ../nbs/01_inputs.ipynb #696bfe41
 import html, io, math, os, re, warnings, zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import trimesh
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# %% ../nbs/01_inputs.ipynb #6421be28
+# %% ../nbs/01_inputs.ipynb #812580e4
 @dataclass(frozen=True)
 class PictureConfig:
     "Image and video."
@@ -33,7 +33,7 @@ class PictureConfig:
     video_frames: int = 2          # taken from each clip: the first, ..., the last
     video_crops: int = 3           # 3 along the long side, or 1 in the centre
 
-# %% ../nbs/01_inputs.ipynb #ace4a75f
+# %% ../nbs/01_inputs.ipynb #619b6606
 @dataclass(frozen=True)
 class SoundTextConfig:
     "Audio and text."
@@ -51,7 +51,7 @@ class SoundTextConfig:
     text_length: int = 77          # ids, start and end included
     released_text: bool = False    # treat long texts and typed special tokens as the released tokenizer does
 
-# %% ../nbs/01_inputs.ipynb #61a97d84
+# %% ../nbs/01_inputs.ipynb #2bd5e812
 @dataclass(frozen=True)
 class SensorConfig:
     "Point clouds, depth, heat and motion."
@@ -73,7 +73,7 @@ class SensorConfig:
     imu_samples: int = 2000
     imu_seconds: float = 5.0
 
-# %% ../nbs/01_inputs.ipynb #0f08a420
+# %% ../nbs/01_inputs.ipynb #580b3a24
 @dataclass(frozen=True)
 class InputConfig(PictureConfig, SoundTextConfig, SensorConfig):
     "Every size, rate and unit of the inputs; the defaults are the published system's."
@@ -84,11 +84,11 @@ class InputConfig(PictureConfig, SoundTextConfig, SensorConfig):
             if isinstance(value, list): object.__setattr__(self, field.name, tuple(value))
         if self.video_crops not in (1, 3): raise ValueError(f"video_crops: got {self.video_crops}; expected 1 or 3")
 
-# %% ../nbs/01_inputs.ipynb #6c9f33dd
+# %% ../nbs/01_inputs.ipynb #a1d20669
 class InputError(ValueError):
     "A source that cannot be used. One line: its name, what was found, what is wanted."
 
-# %% ../nbs/01_inputs.ipynb #eaaea643
+# %% ../nbs/01_inputs.ipynb #fbbaefb6
 @contextmanager
 def _reading(name, wanted):
     "Turn whatever a library raises about a file into one line that names it."
@@ -105,7 +105,7 @@ def _name(source):
     if isinstance(source, (str, os.PathLike)): return os.fspath(source)
     return str(getattr(source, "name", f"<{type(source).__name__}>"))
 
-# %% ../nbs/01_inputs.ipynb #b2bd3430
+# %% ../nbs/01_inputs.ipynb #28d405ab
 @contextmanager
 def _opened(source, wanted):
     "(name for messages, seekable binary file) of a path, an open file or bytes."
@@ -128,7 +128,7 @@ def _opened(source, wanted):
     finally:
         if file is not source: file.close()
 
-# %% ../nbs/01_inputs.ipynb #37842b9d
+# %% ../nbs/01_inputs.ipynb #e8403c68
 MAX_BYTES = 128 * 2**20  # of a file that is read at once, and of what an archive unpacks to
 MAX_PIXELS = 2**25       # of one video frame or map
 MAX_ASPECT = 50          # long side over short side
@@ -149,14 +149,15 @@ def _array(source):
         return (source.float() if source.dtype == torch.bfloat16 else source).numpy()
     return source if isinstance(source, np.ndarray) else None
 
-# %% ../nbs/01_inputs.ipynb #d3f44435
+# %% ../nbs/01_inputs.ipynb #5db5b139
 def _check_sides(name, height, width, most=math.inf):
     "Refuse pictures whose short side could not be scaled, or that are too large."
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise InputError(f"{name}: {width} x {height} pixels; one side may be {MAX_ASPECT} times the other at most")
-    if height * width > most: raise InputError(f"{name}: {width} x {height} pixels; expected {most >> 20} million at most")
+    if height * width > most:
+        raise InputError(f"{name}: {width} x {height} pixels; expected {most >> 20} million at most")
 
-# %% ../nbs/01_inputs.ipynb #6704fec8
+# %% ../nbs/01_inputs.ipynb #698f9f2c
 def _with_rate(source, rate):
     "(source, rate) of a source that may be a pair; `rate` where it is not."
     if not isinstance(source, tuple): return source, rate
@@ -168,7 +169,7 @@ def _check_rate(name, rate, low, high):
     if not isinstance(rate, (int, float, np.number)) or not low <= rate <= high:
         raise InputError(f"{name}: a rate of {rate!r}; expected {low:,} to {high:,} per second")
 
-# %% ../nbs/01_inputs.ipynb #d0b8ecea
+# %% ../nbs/01_inputs.ipynb #4bd9b959
 def _lists(load):
     "Let a loader take a list: its items are loaded one by one and joined."
     @wraps(load)
@@ -189,7 +190,7 @@ def _in_slices(convert, batch):
     for i in range(size, len(batch), size): whole[i:i + size] = convert(batch[i:i + size])
     return whole
 
-# %% ../nbs/01_inputs.ipynb #3841c7be
+# %% ../nbs/01_inputs.ipynb #59f5337f
 def _open_picture(name, data, wanted):
     "The PIL image of a file's contents, not yet decoded. EPS is left out: reading it means running a program."
     Image.init()
@@ -207,7 +208,7 @@ def _decode_picture(name, image, wanted):
         image.load()
         return ImageOps.exif_transpose(image)
 
-# %% ../nbs/01_inputs.ipynb #24fc8d42
+# %% ../nbs/01_inputs.ipynb #59483037
 def _to_rgb(image):
     "RGB with 8 bits: 16-bit grey is scaled, alpha is dropped."
     if image.mode.startswith("I"):
@@ -226,9 +227,9 @@ def _uint8(pixels):
     low, high = (pixels.min(), pixels.max()) if pixels.dtype.kind in "fiu" and pixels.size else (-1, -1)
     if pixels.dtype.kind == "f" and 0 <= low <= high <= 1: return (pixels * 255).round().astype(np.uint8)
     if pixels.dtype.kind in "iu" and 0 <= low <= high <= 255: return pixels.astype(np.uint8)
-    raise InputError(f"pixels of {pixels.dtype} from {low} to {high}; expected uint8, uint16, or floats in [0, 1]")
+    raise ValueError(f"pixels of {pixels.dtype} from {low} to {high}; expected uint8, uint16, or floats in [0, 1]")
 
-# %% ../nbs/01_inputs.ipynb #9352d4b7
+# %% ../nbs/01_inputs.ipynb #44d8088d
 def _scaled(height, width, size):
     "(height, width) with the short side at `size`, the long side rounded down."
     return (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
@@ -253,11 +254,11 @@ def _pixel_tensor(pixels, config):
     x = torch.from_numpy(np.array(pixels)).movedim(-1, 1)
     return _normalize_rgb(x.to(torch.float32, memory_format=torch.contiguous_format).div_(255), config)
 
-# %% ../nbs/01_inputs.ipynb #0f9880f8
+# %% ../nbs/01_inputs.ipynb #2143586b
 def _image_array(pixels):
     "uint8 [B, H, W, 3] of an array of pictures."
     shape = pixels.shape
-    pixels = _uint8(pixels)
+    with _reading("image array", "pictures"): pixels = _uint8(pixels)
     if pixels.ndim == 2: pixels = pixels[..., None]
     if pixels.ndim == 3: pixels = pixels[None]
     if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3, 4) or 0 in shape:
@@ -266,7 +267,7 @@ def _image_array(pixels):
     _check_sides("image array", *pixels.shape[1:3])
     return np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels[..., :3]
 
-# %% ../nbs/01_inputs.ipynb #b187a045
+# %% ../nbs/01_inputs.ipynb #2e40892f
 def _read_image(source, size):
     "uint8 [size, size, 3] of a file or PIL image."
     name, image = "PIL image", source
@@ -276,7 +277,7 @@ def _read_image(source, size):
     image = _decode_picture(name, image, "a picture")
     with _reading(name, "a picture"): return _fit_picture(_to_rgb(image), size)
 
-# %% ../nbs/01_inputs.ipynb #77dbfe8c
+# %% ../nbs/01_inputs.ipynb #a9e4eafa
 @_lists
 def load_image(source, config=InputConfig()):
     """Pictures as normalised float32 [B, 3, image_size, image_size].
@@ -293,7 +294,7 @@ def load_image(source, config=InputConfig()):
         pixels = np.stack([_fit_picture(Image.fromarray(np.ascontiguousarray(p)), config.image_size) for p in pixels])
     return _in_slices(lambda part: _pixel_tensor(part, config), pixels)
 
-# %% ../nbs/01_inputs.ipynb #db777244
+# %% ../nbs/01_inputs.ipynb #e18a55b8
 @lru_cache
 def mel_filters(bins, fft_size, rate, low_hz, high_hz):
     "Triangular filters, float32 [bins, fft_size / 2], equally spaced and linear in mel (released code)."
@@ -304,10 +305,10 @@ def mel_filters(bins, fft_size, rate, low_hz, high_hz):
     rising, falling = (position - left) / (centre - left), (right - position) / (right - centre)
     return torch.minimum(rising, falling).clamp(min=0).float()
 
-# %% ../nbs/01_inputs.ipynb #bc7734cc
+# %% ../nbs/01_inputs.ipynb #35e7ca28
 def _samples(ms, config): return round(config.audio_rate * ms / 1000)
 
-# %% ../nbs/01_inputs.ipynb #89a6eccb
+# %% ../nbs/01_inputs.ipynb #d4ee0e2f
 def log_mel(waves, config=InputConfig()):
     """Log energies of a Kaldi filter bank, float32 [..., frames, mel bins] of waves [..., samples] at `audio_rate`.
 
@@ -324,7 +325,7 @@ def log_mel(waves, config=InputConfig()):
     power = spectrum.real.square() + spectrum.imag.square()
     return (power[..., :-1] @ filters.T).clamp(min=2**-23).log()
 
-# %% ../nbs/01_inputs.ipynb #be66fde3
+# %% ../nbs/01_inputs.ipynb #ef1d429b
 def _sinc_weights(step, phases, zeros, rolloff):
     "Which old samples [phases, taps], relative to a block's start, make the new ones, and their weights."
     cutoff = rolloff * min(step, phases) / step
@@ -335,12 +336,13 @@ def _sinc_weights(step, phases, zeros, rolloff):
     window = torch.cos(offset * math.pi / zeros / 2).square()
     return taps, (torch.sinc(offset) * window * cutoff).float()
 
-# %% ../nbs/01_inputs.ipynb #1ef757fd
+# %% ../nbs/01_inputs.ipynb #3aac7519
 def resample(waves, from_rate, to_rate, start=0, count=None, zeros=6, rolloff=0.99):
-    """Band-limited resampling of float32 [..., samples] to [..., `count`], from new sample `start` on; None: to the end.
+    """Band-limited resampling of float32 [..., samples] to [..., `count`], from new sample `start` on.
 
-    Windowed sinc with `zeros` zero crossings on either side, cut-off at `rolloff` times the lower Nyquist frequency,
-    squared-cosine window; in all there are ceil(samples x to_rate / from_rate) new samples (released code).
+    `count` None means to the end. Windowed sinc with `zeros` zero crossings on either side, cut-off at `rolloff` times
+    the lower Nyquist frequency, squared-cosine window; in all there are ceil(samples x to_rate / from_rate) new samples
+    (released code).
     """
     total = -(-waves.shape[-1] * to_rate // from_rate)
     count = total - start if count is None else count
@@ -357,7 +359,7 @@ def resample(waves, from_rate, to_rate, start=0, count=None, zeros=6, rolloff=0.
         pieces.append((needed[..., old] * weights[moment % phases]).sum(-1))
     return torch.cat(pieces, -1)
 
-# %% ../nbs/01_inputs.ipynb #9576e1b8
+# %% ../nbs/01_inputs.ipynb #c4637989
 def audio_clips(waves, rate, config=InputConfig()):
     """`audio_clips` evenly spaced clips of waves [B, samples] without their means, [B, clips, samples] at `audio_rate`.
 
@@ -369,7 +371,7 @@ def audio_clips(waves, rate, config=InputConfig()):
     clips = torch.stack([resample(waves, rate, config.audio_rate, start, length) for start in starts], 1)
     return clips - clips.mean(-1, keepdim=True)
 
-# %% ../nbs/01_inputs.ipynb #143c58a5
+# %% ../nbs/01_inputs.ipynb #b9412cdd
 def _log_mel_clips(name, waves, rate, config):
     "[B, clips, 1, mel bins, frames] of [B, samples]."
     clips, frame = audio_clips(waves, rate, config), _samples(config.audio_frame_ms, config)
@@ -379,7 +381,7 @@ def _log_mel_clips(name, waves, rate, config):
     x = F.pad(x, (0, config.audio_frames - x.shape[-1]))
     return ((x - config.audio_mean) / config.audio_std).unsqueeze(2).contiguous()
 
-# %% ../nbs/01_inputs.ipynb #771a8392
+# %% ../nbs/01_inputs.ipynb #091efb64
 MAX_SAMPLES = 30 * 60 * 48_000  # of one sound: half an hour at 48 kHz
 SAFE = {"protocol_whitelist": "pipe"}
 
@@ -387,17 +389,20 @@ SAFE = {"protocol_whitelist": "pipe"}
 def _check_sound(name, samples, rate):
     _check_rate(name, rate, 1000, 768_000)
     if rate != int(rate): raise InputError(f"{name}: a rate of {rate}; expected a whole number")
-    if samples > MAX_SAMPLES: raise InputError(f"{name}: {samples / rate:.0f} s at {rate} Hz; cut it to {MAX_SAMPLES // rate} s")
+    if samples > MAX_SAMPLES:
+        raise InputError(f"{name}: {samples / rate:.0f} s at {rate} Hz; cut it to {MAX_SAMPLES // rate} s")
 
 
 def _check_whole(name, found, claimed, slack):
-    if found + slack < claimed: raise InputError(f"{name}: cut off after {found:g} of {claimed:g} s; give a whole sound")
+    if found + slack < claimed:
+        raise InputError(f"{name}: cut off after {found:g} of {claimed:g} s; give a whole sound")
 
-# %% ../nbs/01_inputs.ipynb #17d0e07b
+# %% ../nbs/01_inputs.ipynb #442b865d
 def _read_wave(name, file, claimed):
     "(float32 [samples] of the first channel, rate) by libsndfile, of a file that claims so many bytes."
     start = file.tell()
-    if 0 < claimed - (file.seek(0, 2) - start) < 2**32 - 2**20: raise InputError(f"{name}: cut off; the file claims {claimed} bytes")
+    if 0 < claimed - (file.seek(0, 2) - start) < 2**32 - 2**20:
+        raise InputError(f"{name}: cut off; the file claims {claimed} bytes")
     file.seek(start)
     with soundfile.SoundFile(file) as sound:
         _check_sound(name, sound.frames, sound.samplerate)
@@ -407,11 +412,12 @@ def _read_wave(name, file, claimed):
         _check_whole(name, len(wave) / sound.samplerate, sound.frames / sound.samplerate, 0)
         return wave, sound.samplerate
 
-# %% ../nbs/01_inputs.ipynb #5a1b2228
+# %% ../nbs/01_inputs.ipynb #dab0b982
 def _read_track(name, file):
     "(float32 [samples] of the first channel, rate) of the first sound track, by PyAV."
     with _reading(name, "a sound"), av.open(file, options=SAFE) as container:
-        if not container.streams.audio: raise InputError(f"{name}: has no sound track; give a sound, or a video with one")
+        if not container.streams.audio:
+            raise InputError(f"{name}: has no sound track; give a sound, or a video with one")
         stream, planar, pieces, samples = container.streams.audio[0], av.AudioResampler(format="fltp"), [], 0
         for frame in container.decode(stream):
             rate, samples = frame.sample_rate, samples + frame.samples
@@ -421,7 +427,7 @@ def _read_track(name, file):
         _check_whole(name, samples / rate, float((stream.duration or 0) * stream.time_base), 0.2)
         return np.concatenate(pieces), rate
 
-# %% ../nbs/01_inputs.ipynb #07b671d8
+# %% ../nbs/01_inputs.ipynb #d51f3b97
 def _read_sound(source):
     "(name, float32 [samples] of the first channel, rate)."
     with _opened(source, "a sound") as (name, file):
@@ -434,11 +440,12 @@ def _read_sound(source):
             except soundfile.LibsndfileError: file.seek(start)
         return name, *_read_track(name, file)
 
-# %% ../nbs/01_inputs.ipynb #3c6f77e2
+# %% ../nbs/01_inputs.ipynb #cd50edec
 def _sound_array(array):
     "float32 [B, samples] of [samples], [B, samples] or [B, channels, samples]."
     if array.ndim not in (1, 2, 3) or 0 in array.shape:
-        raise InputError(f"audio array of shape {array.shape}; expected [samples], [B, samples] or [B, channels, samples]")
+        shapes = "[samples], [B, samples] or [B, channels, samples]"
+        raise InputError(f"audio array of shape {array.shape}; expected {shapes}")
     waves = array[:, 0] if array.ndim == 3 else np.atleast_2d(array)
     if waves.dtype in (np.int16, np.int32): return waves.astype(np.float32) / -float(np.iinfo(waves.dtype).min)
     if waves.dtype.kind == "f": return waves.astype(np.float32, copy=False)
@@ -449,9 +456,10 @@ def _check_waves(name, waves):
     low, high = waves.min(), waves.max()
     if not np.isfinite([low, high]).all(): raise InputError(f"{name}: holds NaN or infinite samples; expected [-1, 1]")
     if max(-low, high) > 10:
-        raise InputError(f"{name}: samples up to {max(-low, high):g}; expected [-1, 1]: these look like integers, divide by 32768")
+        hint = "these look like integers, divide by 32768"
+        raise InputError(f"{name}: samples up to {max(-low, high):g}; expected [-1, 1]: {hint}")
 
-# %% ../nbs/01_inputs.ipynb #fb03b517
+# %% ../nbs/01_inputs.ipynb #22bae1ad
 @_lists
 def load_audio(source, config=InputConfig()):
     """Sounds as normalised log-mel clips, float32 [B, clips, 1, mel bins, frames].
@@ -474,12 +482,13 @@ def load_audio(source, config=InputConfig()):
     _check_waves(name, array)
     return _in_slices(lambda part: _log_mel_clips(name, torch.from_numpy(np.array(part)), int(rate), config), array)
 
-# %% ../nbs/01_inputs.ipynb #60fea24d
+# %% ../nbs/01_inputs.ipynb #8fdf714f
 def clip_frames(times, duration, config=InputConfig()):
-    """Which frames the encoder sees: indices [clips, video_frames] into `times`, the sorted starts of frames in seconds.
+    """Which frames the encoder sees: indices [clips, video_frames] into `times`.
 
-    The last clip ends at `duration`. A clip holds the frames with start <= time < end; `video_frames` are taken evenly
-    from its first to its last. A clip that holds none takes the frame that is on screen (ours; else released code).
+    `times` are the sorted starts of the frames in seconds. The last clip ends at `duration`. A clip holds the frames
+    with start <= time < end; `video_frames` are taken evenly from its first to its last (released code). A clip that
+    holds none takes the frame that is on screen (ours).
     """
     spare, gaps = max(duration - config.video_clip_seconds, 0), max(config.video_clips - 1, 1)
     starts = np.arange(config.video_clips) * spare / gaps - 1e-3  # many files round times to 1 ms
@@ -488,7 +497,7 @@ def clip_frames(times, duration, config=InputConfig()):
     share = np.linspace(0, 1, config.video_frames)
     return (first[:, None] + np.floor(share * (last - first)[:, None] + 1e-9)).astype(int)
 
-# %% ../nbs/01_inputs.ipynb #f24c0660
+# %% ../nbs/01_inputs.ipynb #aa44f553
 def _video_tensor(pixels, config):
     "Normalised float32 [B, clips * crops, 3, frames, size, size] of uint8 [B, clips * frames, H, W, 3]."
     batch, _, height, width, _ = pixels.shape
@@ -503,7 +512,7 @@ def _video_tensor(pixels, config):
     along = -1 if height <= width else -2
     return torch.stack([x.narrow(along, start, size) for start in starts], 2).flatten(1, 2)
 
-# %% ../nbs/01_inputs.ipynb #ac57b66d
+# %% ../nbs/01_inputs.ipynb #de3d2c0b
 def _video_stream(name, container):
     "The first stream of moving pictures; a sound file's cover does not count."
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
@@ -522,7 +531,7 @@ def _frame_times(name, container, stream):
     keys = np.array([start for start, _, key in packets if key] or starts[:1])
     return starts, keys, float((starts[-1] + last - starts[0]) * stream.time_base)
 
-# %% ../nbs/01_inputs.ipynb #a9b70e2a
+# %% ../nbs/01_inputs.ipynb #5eec6234
 MAX_DECODED = 2**32  # pixels, of all frames that must be decoded to reach the wanted ones
 
 
@@ -536,16 +545,18 @@ def _decode(name, container, stream, wanted, keys):
             frames = container.decode(stream)
         for frame in frames:
             spent, position = spent + frame.width * frame.height, frame.pts
-            if spent > MAX_DECODED: raise InputError(f"{name}: more than {spent >> 20} million pixels to decode; give a smaller video")
+            if spent > MAX_DECODED:
+                raise InputError(f"{name}: more than {spent >> 20} million pixels to decode; give a smaller video")
             if position >= start: break
-        else: raise InputError(f"{name}: damaged or cut off at {float(start * stream.time_base):.2f} s; give a whole video")
+        else: raise InputError(f"{name}: cut off at {float(start * stream.time_base):.2f} s; give a whole video")
         found[start] = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
     return found
 
-# %% ../nbs/01_inputs.ipynb #c70dfd2b
+# %% ../nbs/01_inputs.ipynb #7185f057
 def _read_video(source, config):
     "uint8 [clips * frames, H, W, 3]: the wanted frames of a file."
-    with _opened(source, "a video") as (name, file), _reading(name, "a video"), av.open(file, options=SAFE) as container:
+    with (_opened(source, "a video") as (name, file), _reading(name, "a video"),
+          av.open(file, options=SAFE) as container):
         stream = _video_stream(name, container)
         starts, keys, duration = _frame_times(name, container, stream)
         seconds = (starts - starts[0]) * float(stream.time_base)
@@ -553,7 +564,7 @@ def _read_video(source, config):
         found = _decode(name, container, stream, sorted(set(wanted)), keys)
         return np.stack([found[start] for start in wanted])
 
-# %% ../nbs/01_inputs.ipynb #0f8217e3
+# %% ../nbs/01_inputs.ipynb #e87b2bf1
 def _video_array(pixels, fps):
     "uint8 [B, T, H, W, 3] of an array of frames."
     array = _array(pixels)
@@ -564,10 +575,10 @@ def _video_array(pixels, fps):
     _check_sides("video array", *array.shape[-3:-1], MAX_PIXELS)
     return array if array.ndim == 5 else array[None]
 
-# %% ../nbs/01_inputs.ipynb #eb3030af
+# %% ../nbs/01_inputs.ipynb #c80d481c
 @_lists
 def load_video(source, config=InputConfig()):
-    """Videos as normalised float32 [B, clips * crops, 3, frames, image_size, image_size], clip by clip. Sound is ignored.
+    """Videos as normalised float32 [B, clips * crops, 3, frames, image_size, image_size], clip by clip.
 
     Args:
         source: a path, an open file or bytes of anything FFmpeg reads, GIF included; (array, frames per second) with
@@ -585,7 +596,7 @@ def load_video(source, config=InputConfig()):
     wanted = clip_frames(np.arange(count) / fps, count / fps, config).flatten()
     return _in_slices(lambda part: _video_tensor(part[:, wanted], config), pixels)
 
-# %% ../nbs/01_inputs.ipynb #94d21d51
+# %% ../nbs/01_inputs.ipynb #d231532f
 MAX_CHARACTERS = 1_000_000  # of one text
 
 
@@ -595,7 +606,8 @@ def _read_text(source):
     if not isinstance(source, str):
         name, data = _read_bytes(source, "a text")
         with _reading(name, "UTF-8 text"): text = data.decode("utf-8-sig")
-    if len(text) > MAX_CHARACTERS: raise InputError(f"{name}: {len(text)} characters; expected {MAX_CHARACTERS} at most")
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"{name}: {len(text)} characters; expected {MAX_CHARACTERS} at most")
     return text
 
 
@@ -604,16 +616,17 @@ def _clean(text, config):
     text = " ".join(html.unescape(html.unescape(text)).split())
     return text.lower() if config.released_text else text
 
-# %% ../nbs/01_inputs.ipynb #2df02a90
+# %% ../nbs/01_inputs.ipynb #e8b9c4dc
 def _check_tokenizer(tokenizer):
     "Start and end ids of a tokenizer whose end token the encoder can find."
     if tokenizer is None: raise ValueError("tokenizer: got None; text needs Processor(config, tokenizer)")
     start, end, top = tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer) - 1
-    if start is None or end is None: raise ValueError("tokenizer: has no start or no end token; set bos_token and eos_token")
+    if start is None or end is None:
+        raise ValueError("tokenizer: has no start or no end token; set bos_token and eos_token")
     if end != top: raise ValueError(f"tokenizer: end token has id {end}; expected the largest, {top}")
     return start, end
 
-# %% ../nbs/01_inputs.ipynb #5e51ed29
+# %% ../nbs/01_inputs.ipynb #471293f4
 def load_text(source, config=InputConfig(), tokenizer=None):
     """Texts as int64 ids [B, text_length]: start, words, end, then 0.
 
@@ -624,17 +637,18 @@ def load_text(source, config=InputConfig(), tokenizer=None):
         ValueError: no such tokenizer, an empty list, or a file that is not UTF-8.
     """
     start, end = _check_tokenizer(tokenizer)
-    if isinstance(source, list) and not source: raise ValueError("load_text: got an empty list; give at least one source")
+    if isinstance(source, list) and not source:
+        raise ValueError("load_text: got an empty list; give at least one source")
     texts = [_clean(_read_text(text), config) for text in (source if isinstance(source, list) else [source])]
     words = tokenizer(texts, add_special_tokens=False)["input_ids"]
     ids = torch.zeros(len(texts), config.text_length, dtype=torch.long)
-    for row, body in zip(ids, words):
+    for row, body in zip(ids, words, strict=True):
         if not config.released_text: body = [word for word in body if word not in (start, end)][:config.text_length - 2]
         body = torch.tensor([start, *body, end])[:config.text_length]
         row[:len(body)] = body
     return ids
 
-# %% ../nbs/01_inputs.ipynb #c35f91a3
+# %% ../nbs/01_inputs.ipynb #e4f66447
 def _columns(array):
     "float32 [N, 3]: the first three columns of an array of numbers."
     if array.ndim != 2 or array.shape[1] < 3 or array.dtype.kind not in "fiu" or not len(array):
@@ -657,7 +671,7 @@ def _check_text(data):
 
 MAX_TEXT = 32 * 2**20  # of a cloud or mesh written as text
 
-# %% ../nbs/01_inputs.ipynb #b7297cd2
+# %% ../nbs/01_inputs.ipynb #be2977be
 def _read_mesh(data, kind, config):
     "The vertices of a cloud, or points on the surface of a mesh."
     if kind in ("obj", "off") or b"format ascii" in data[:100]: _check_text(data)
@@ -666,13 +680,15 @@ def _read_mesh(data, kind, config):
     vertices, faces = np.asarray(shape.vertices), getattr(shape, "faces", None)
     faces = np.zeros((0, 3)) if faces is None else faces
     if kind == "ply":
-        claims = {name: int(count) for name, count in re.findall(rb"element +(\w+) +(\d+)", data.split(b"end_header")[0])}
-        if len(vertices) < claims.get(b"vertex", 0) or len(faces) < claims.get(b"face", 0): raise ValueError("it is cut off")
+        header = data.split(b"end_header")[0]
+        claims = {name: int(count) for name, count in re.findall(rb"element +(\w+) +(\d+)", header)}
+        if len(vertices) < claims.get(b"vertex", 0) or len(faces) < claims.get(b"face", 0):
+            raise ValueError("it is cut off")
     if not config.mesh_surface or not len(faces): return vertices
     if not shape.area > 0: raise ValueError("a mesh without surface")
     return trimesh.sample.sample_surface(shape, config.points, seed=config.point_seed)[0]
 
-# %% ../nbs/01_inputs.ipynb #77f4de1d
+# %% ../nbs/01_inputs.ipynb #e51dff06
 def _read_pcd(data):
     "[N, 3] of a PCD file."
     header, start = {}, 0
@@ -692,7 +708,7 @@ def _read_pcd(data):
     if len(rows) != points: raise ValueError(f"{len(rows)} of {points} points")
     return rows
 
-# %% ../nbs/01_inputs.ipynb #530f81b7
+# %% ../nbs/01_inputs.ipynb #171f8da1
 def _check_zip(data):
     "Refuse an archive that unpacks to more than may be read at once."
     with zipfile.ZipFile(io.BytesIO(data)) as archive: size = sum(entry.file_size for entry in archive.infolist())
@@ -706,12 +722,13 @@ def _read_npy(data):
     if math.prod(shape) * dtype.itemsize > len(data): raise ValueError(f"claims shape {shape}, is cut off")
     return np.load(io.BytesIO(data), allow_pickle=False)
 
-# %% ../nbs/01_inputs.ipynb #1b5731ad
+# %% ../nbs/01_inputs.ipynb #c7d1c339
 def _read_npz(data):
     _check_zip(data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = archive.namelist()
-        if len(names) != 1 and "points.npy" not in names: raise ValueError(f"holds {', '.join(names)[:80]}; name one points")
+        if len(names) != 1 and "points.npy" not in names:
+            raise ValueError(f"holds {', '.join(names)[:80]}; name one points")
         return _read_npy(archive.read("points.npy" if "points.npy" in names else names[0]))
 
 
@@ -722,7 +739,7 @@ def _read_pt(data):
     if tensor.numel() * 8 > MAX_BYTES: raise ValueError(f"claims shape {tuple(tensor.shape)}")
     return _array(tensor)
 
-# %% ../nbs/01_inputs.ipynb #6a530fcd
+# %% ../nbs/01_inputs.ipynb #9b6909b4
 POINT_READERS = dict(npy=_read_npy, npz=_read_npz, pt=_read_pt, pcd=_read_pcd, xyz=_read_columns, pts=_read_columns)
 MESHES = ("ply", "obj", "off", "stl")
 
@@ -746,7 +763,7 @@ def _read_points(source, config):
         array = POINT_READERS[kind](data) if kind in POINT_READERS else _read_mesh(data, kind, config)
         return name, _columns(array)
 
-# %% ../nbs/01_inputs.ipynb #92385aed
+# %% ../nbs/01_inputs.ipynb #3634e6a7
 def _choose(count, config):
     "Which of `count` points to take, `config.points` of them."
     generator = torch.Generator().manual_seed(config.point_seed)
@@ -761,7 +778,7 @@ def _unit_ball(name, x):
     if not (radius > 0).all(): raise InputError(f"{name}: all points are in one place; expected a shape")
     return x / radius
 
-# %% ../nbs/01_inputs.ipynb #88d92430
+# %% ../nbs/01_inputs.ipynb #5f70d123
 @_lists
 def load_point(source, config=InputConfig()):
     """Point clouds as float32 [B, points, 3], in any unit of length.
@@ -781,13 +798,14 @@ def load_point(source, config=InputConfig()):
     if x.shape[1] != config.points: x = x[:, _choose(x.shape[1], config)]
     return _unit_ball(name, x) if config.point_normalize else x
 
-# %% ../nbs/01_inputs.ipynb #69b6e8b7
+# %% ../nbs/01_inputs.ipynb #618e7b42
 def _read_map_file(source, wanted):
     "(name, array) of a picture or an npy file; colours are turned into grey."
     name, image = "PIL image", source
     if not isinstance(source, Image.Image):
         name, data = _read_bytes(source, wanted)
-        if data.startswith(b"\x76\x2f\x31\x01"): raise InputError(f"{name}: OpenEXR is not read; save it as npy or TIFF")
+        if data.startswith(b"\x76\x2f\x31\x01"):
+            raise InputError(f"{name}: OpenEXR is not read; save it as npy or TIFF")
         with _reading(name, wanted):
             if data.startswith(b"\x93NUMPY"): return name, _read_npy(data)
         image = _open_picture(name, data, wanted)
@@ -806,7 +824,7 @@ def _read_map(source, modality):
     _check_sides(name, *array.shape[-2:], MAX_PIXELS)
     return name, array if array.ndim == 3 else array[None]
 
-# %% ../nbs/01_inputs.ipynb #8c9ff076
+# %% ../nbs/01_inputs.ipynb #363ade64
 def _fit_map(x, size):
     "[B, 1, size, size] of [B, H, W]: short side by antialiased bilinear resampling, then the centre."
     x = x.unsqueeze(1)
@@ -814,7 +832,7 @@ def _fit_map(x, size):
     top, left = (round((side - size) / 2) for side in x.shape[-2:])
     return x[..., top:top + size, left:left + size]
 
-# %% ../nbs/01_inputs.ipynb #22e90aea
+# %% ../nbs/01_inputs.ipynb #c7fb70a7
 def _metres(name, array, config):
     "(float32 depth in metres, which pixels have a reading)."
     if array.dtype.itemsize == 1: raise InputError(f"{name}: 8-bit values; expected metres as floats, or a 16-bit map")
@@ -827,14 +845,15 @@ def _metres(name, array, config):
     if middle > 100: raise InputError(f"{name}: median depth {middle:g}; expected metres: these look like millimetres")
     return depth, seen
 
-# %% ../nbs/01_inputs.ipynb #b0612327
+# %% ../nbs/01_inputs.ipynb #b71107ca
 @_lists
 def load_depth(source, config=InputConfig()):
     """Depth maps as normalised disparity, float32 [B, 1, image_size, image_size].
 
     Args:
-        source: metres: a path, an open file, bytes or a PIL image of a 16-bit PNG or TIFF (`depth_unit` metres per unit), a
-            float TIFF or npy; an array [H, W] or [B, H, W], floats in metres or integers in `depth_unit`; or a list.
+        source: metres. A path, an open file, bytes or a PIL image of a 16-bit PNG or TIFF (`depth_unit` metres per
+            unit), a float TIFF or npy; an array [H, W] or [B, H, W], floats in metres or integers in `depth_unit`;
+            or a list of these.
     Raises:
         ValueError: not a depth map, damaged, 8-bit, negative, or millimetres where metres are expected.
     """
@@ -847,7 +866,7 @@ def load_depth(source, config=InputConfig()):
         return (_fit_map(share, config.image_size) - config.depth_mean) / config.depth_std
     return _in_slices(convert, array)
 
-# %% ../nbs/01_inputs.ipynb #ddc128b7
+# %% ../nbs/01_inputs.ipynb #f05adfb4
 def _celsius(name, array):
     "float32 degrees Celsius of floats, or of integers in hundredths of a kelvin."
     x = torch.from_numpy(array.astype(np.float32))
@@ -855,21 +874,24 @@ def _celsius(name, array):
     if not x.isfinite().all(): raise InputError(f"{name}: holds NaN or infinite temperatures; expected degrees Celsius")
     low, high = x.min().item(), x.max().item()
     if array.dtype.kind != "f" and not -150 < low <= high < 370:
-        raise InputError(f"{name}: values from {array.min()} to {array.max()}; expected hundredths of a kelvin, such as 29315 for 20 °C")
-    if low > 200: raise InputError(f"{name}: temperatures from {low:g}; expected degrees Celsius: these look like kelvin")
+        wanted = "hundredths of a kelvin, such as 29315 for 20 °C"
+        raise InputError(f"{name}: values from {array.min()} to {array.max()}; expected {wanted}")
+    if low > 200:
+        raise InputError(f"{name}: temperatures from {low:g}; expected degrees Celsius: these look like kelvin")
     if low < -273.15: raise InputError(f"{name}: temperatures from {low:g}; expected degrees Celsius")
     if 0 <= low < high <= 1:
-        raise InputError(f"{name}: values in [0, 1]; expected degrees Celsius: these look scaled, give uint8 for relative heat")
+        hint = "these look scaled, give uint8 for relative heat"
+        raise InputError(f"{name}: values in [0, 1]; expected degrees Celsius: {hint}")
     return x
 
-# %% ../nbs/01_inputs.ipynb #02037fa4
+# %% ../nbs/01_inputs.ipynb #e870ea83
 @_lists
 def load_thermal(source, config=InputConfig()):
     """Thermal maps as float32 [B, 1, image_size, image_size].
 
     Args:
-        source: a path, an open file, bytes or a PIL image, 16-bit (hundredths of a kelvin) or 8-bit (relative), or npy; an
-            array [H, W] or [B, H, W], floats in degrees Celsius, integers as in files; or a list of these.
+        source: a path, an open file, bytes or a PIL image, 16-bit (hundredths of a kelvin) or 8-bit (relative), or
+            npy; an array [H, W] or [B, H, W], floats in degrees Celsius, integers as in files; or a list of these.
     Raises:
         ValueError: not a thermal map, damaged, or kelvin where degrees Celsius are expected.
     """
@@ -882,29 +904,39 @@ def load_thermal(source, config=InputConfig()):
         return (_fit_map(x, config.image_size) - config.thermal_mean) / config.thermal_std
     return _in_slices(convert, array)
 
-# %% ../nbs/01_inputs.ipynb #a2c96ba6
+# %% ../nbs/01_inputs.ipynb #dd35dcd5
 IMU_COLUMNS = ("ax", "ay", "az", "gx", "gy", "gz")
 
 
+def _read_table(name, data):
+    "(column names, numbers [T, columns]) of a CSV file."
+    head, *lines = [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    names = [column.strip().lower() for column in head.split(",")]
+    if not set(IMU_COLUMNS) <= set(names):
+        wanted = f"the columns {', '.join(IMU_COLUMNS)}, and t in seconds if known"
+        raise InputError(f"{name}: first line {head[:60]!r}; expected {wanted}")
+    table = np.loadtxt(lines, delimiter=",", ndmin=2) if lines else np.zeros((0, 0))
+    rows, columns = table.shape
+    if rows < 2 or columns != len(names):
+        raise InputError(f"{name}: {rows} lines of {columns} numbers; expected 2 or more of {len(names)}")
+    return names, table
+
+# %% ../nbs/01_inputs.ipynb #a5b7ec00
 def _read_imu(source):
     "(name, [6, T] or [B, 6, T], times in seconds or None) of a CSV or npy file."
     name, data = _read_bytes(source, "an IMU recording")
     with _reading(name, "an IMU recording"):
         if data.startswith(b"\x93NUMPY"): return name, _read_npy(data), None
-        head, *lines = [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]
-        names = [column.strip().lower() for column in head.split(",")]
-        if not set(IMU_COLUMNS) <= set(names):
-            raise InputError(f"{name}: first line {head[:60]!r}; expected the columns {', '.join(IMU_COLUMNS)}, and t in seconds if known")
-        table = np.loadtxt(lines, delimiter=",", ndmin=2) if lines else np.zeros((0, 0))
-        if len(table) < 2 or table.shape[1] != len(names):
-            raise InputError(f"{name}: {table.shape[0]} lines of {table.shape[1]} numbers; expected 2 or more of {len(names)}")
+        names, table = _read_table(name, data)
         times = table[:, names.index("t")] if "t" in names else None
         return name, table[:, [names.index(column) for column in IMU_COLUMNS]].T, times
 
-# %% ../nbs/01_inputs.ipynb #fbeb768f
+# %% ../nbs/01_inputs.ipynb #0612e072
 def _check_times(name, times):
+    "Refuse times that do not increase, or that are not seconds."
     step = np.diff(times)
-    if not np.isfinite(times).all() or not (step > 0).all(): raise InputError(f"{name}: column t does not increase; expected seconds")
+    if not np.isfinite(times).all() or not (step > 0).all():
+        raise InputError(f"{name}: column t does not increase; expected seconds")
     if np.median(step) > 0.5: raise InputError(f"{name}: {np.median(step):g} between readings; expected t in seconds")
 
 
@@ -912,10 +944,12 @@ def _check_motion(name, motion):
     "Refuse values far outside what the units allow."
     if not motion.isfinite().all(): raise InputError(f"{name}: holds NaN or infinite readings; expected numbers")
     push, turn = motion[:, :3].abs().max().item(), motion[:, 3:].abs().max().item()
-    if push > 500: raise InputError(f"{name}: accelerations up to {push:g}; expected m/s²: these look like mm/s² or raw counts")
-    if turn > 50: raise InputError(f"{name}: turning rates up to {turn:g}; expected rad/s: these look like degrees per second")
+    if push > 500:
+        raise InputError(f"{name}: accelerations up to {push:g}; expected m/s²: these look like mm/s² or raw counts")
+    if turn > 50:
+        raise InputError(f"{name}: turning rates up to {turn:g}; expected rad/s: these look like degrees per second")
 
-
+# %% ../nbs/01_inputs.ipynb #0c29457c
 def _middle(motion, times, config):
     "[B, 6, imu_samples] of readings [B, 6, T] at `times`, linear between them."
     span = times[-1] - times[0]
@@ -927,14 +961,14 @@ def _middle(motion, times, config):
     share = torch.from_numpy(((moments - times[left]) / gap).clip(0, 1)).float()
     return torch.lerp(motion[..., left], motion[..., right], share)
 
-# %% ../nbs/01_inputs.ipynb #60052a44
+# %% ../nbs/01_inputs.ipynb #efbf71f7
 @_lists
 def load_imu(source, config=InputConfig()):
     """Accelerations (m/s²) and turning rates (rad/s) as float32 [B, 6, imu_samples].
 
     Args:
-        source: a path, an open file or bytes of CSV or npy; an array [6, T] or [B, 6, T] at imu_samples / imu_seconds readings
-            per second; (file without t or array, readings per second); or a list of these.
+        source: a path, an open file or bytes of CSV or npy; an array [6, T] or [B, 6, T] at imu_samples / imu_seconds
+            readings per second; (array or file without t, readings per second); or a list of these.
     Raises:
         ValueError: other columns or shape, times that do not increase, not finite, or values no body survives.
     """
@@ -948,10 +982,10 @@ def load_imu(source, config=InputConfig()):
     _check_motion(name, motion)
     if times is None: times = np.arange(motion.shape[-1]) / rate
     else: _check_times(name, times)
-    fits = motion.shape[-1] == config.imu_samples and np.allclose(np.diff(times), config.imu_seconds / config.imu_samples)
-    return motion if fits else _middle(motion, times, config)
+    step, fits = config.imu_seconds / config.imu_samples, motion.shape[-1] == config.imu_samples
+    return motion if fits and np.allclose(np.diff(times), step) else _middle(motion, times, config)
 
-# %% ../nbs/01_inputs.ipynb #a699e4e8
+# %% ../nbs/01_inputs.ipynb #ec314073
 LOADERS = dict(image=load_image, video=load_video, text=load_text, audio=load_audio,
                point=load_point, depth=load_depth, thermal=load_thermal, imu=load_imu)
 
@@ -966,6 +1000,7 @@ class Processor:
 
         Raises ValueError for an unknown modality or an unusable source, FileNotFoundError for a missing file.
         """
-        if modality not in LOADERS: raise ValueError(f"modality: got {modality!r}; expected one of {', '.join(LOADERS)}")
+        if modality not in LOADERS:
+            raise ValueError(f"modality: got {modality!r}; expected one of {', '.join(LOADERS)}")
         extra = (self.tokenizer,) if modality == "text" else ()
         return LOADERS[modality](source, self.config, *extra)

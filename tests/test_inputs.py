@@ -1,10 +1,12 @@
 "Parity of `ibllm.inputs` with the recorded reference, every file format, and batches."
+
 import gzip
 import importlib.util
 import io
 import json
 import math
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -19,26 +21,55 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy.signal import resample_poly
 
-from ibllm.inputs import (InputConfig, Processor, audio_clips, clip_frames, load_audio, load_depth, load_image, load_imu,
-                          load_point, load_text, load_thermal, load_video, log_mel, mel_filters, resample)
+from ibllm.inputs import (
+    InputConfig,
+    Processor,
+    audio_clips,
+    clip_frames,
+    load_audio,
+    load_depth,
+    load_image,
+    load_imu,
+    load_point,
+    load_text,
+    load_thermal,
+    load_video,
+    log_mel,
+    mel_filters,
+    resample,
+)
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / "golden" / "preprocess"
 META = json.loads((GOLDEN / "meta.json").read_text())
 OUTPUTS = load_file(GOLDEN / "outputs.safetensors")
-SMALL = InputConfig(image_size=32, video_clips=3, video_clip_seconds=1 / 3, video_crops=1, audio_rate=8000, audio_clips=1,
-                    audio_clip_seconds=1.0, audio_mel_bins=32, audio_frames=32, audio_hop_ms=31.25, points=256,
-                    depth_scale=1.0, imu_samples=64, imu_seconds=1.0)
+SMALL = InputConfig(
+    image_size=32,
+    video_clips=3,
+    video_clip_seconds=1 / 3,
+    video_crops=1,
+    audio_rate=8000,
+    audio_clips=1,
+    audio_clip_seconds=1.0,
+    audio_mel_bins=32,
+    audio_frames=32,
+    audio_hop_ms=31.25,
+    points=256,
+    depth_scale=1.0,
+    imu_samples=64,
+    imu_seconds=1.0,
+)
 rng = np.random.default_rng(0)
 
 
 def largest_difference(key, x, name=None):
     item = META["items"][key]
     assert list(x.shape) == item["shape"]
-    return (x.flatten()[::item["stride"]] - OUTPUTS[name or key]).abs().max().item()
+    return (x.flatten()[:: item["stride"]] - OUTPUTS[name or key]).abs().max().item()
 
 
 # --- parity with the recorded reference ---
+
 
 @pytest.mark.parametrize("key", [k for k in META["items"] if k.startswith("image/")])
 def test_image_parity(key):
@@ -48,7 +79,9 @@ def test_image_parity(key):
 @pytest.mark.parametrize("key", [k for k in META["items"] if k.startswith("audio/")])
 def test_audio_parity(key):
     x = load_audio(GOLDEN / "files" / key[6:])
-    assert largest_difference(key, x, key.replace("audio/", "audio_copied_clips/")) <= META["tolerance"]["audio"]["atol"]
+    assert (
+        largest_difference(key, x, key.replace("audio/", "audio_copied_clips/")) <= META["tolerance"]["audio"]["atol"]
+    )
 
 
 @pytest.mark.parametrize("file", ["mono_16k_3s_drift.wav", "mono_16k_7s.wav"])
@@ -57,8 +90,7 @@ def test_filter_bank_parity(file):
     expected = OUTPUTS[f"fbank_raw_first_clip/{file}"]
     bins = log_mel(audio_clips(wave, 16_000)[0, 0])
     assert bins.shape == (198, 128)
-    candidates = [bins[:, ::4], bins[:, :32]]
-    assert min((c - expected).abs().max().item() for c in candidates) < META["tolerance"]["audio"]["atol"] * 9.138
+    assert (bins[:, ::4] - expected).abs().max() < META["tolerance"]["audio"]["atol"]
 
 
 def test_resampling_parity():
@@ -73,28 +105,40 @@ def test_video_parity():
     key = "video/clip_6400ms.mp4"
     x = load_video(GOLDEN / "files" / "clip_6400ms.mp4")
     assert largest_difference(key, x) <= META["tolerance"]["video"]["atol"]
-    assert (x.mean((-1, -2))[0] - OUTPUTS["video_means/clip_6400ms.mp4"]).abs().max() <= META["tolerance"]["video"]["atol"]
+    assert (x.mean((-1, -2))[0] - OUTPUTS["video_means/clip_6400ms.mp4"]).abs().max() <= META["tolerance"]["video"][
+        "atol"
+    ]
 
 
 @pytest.mark.parametrize("file", ["cloud.npy", "cloud.obj"])
 def test_point_parity(file):
-    as_released = InputConfig(points=META["items"][f"point/{file}"]["shape"][1], point_normalize=False, mesh_surface=False)
+    as_released = InputConfig(
+        points=META["items"][f"point/{file}"]["shape"][1], point_normalize=False, mesh_surface=False
+    )
     x, expected = load_point(GOLDEN / "files" / file, as_released), OUTPUTS[f"point/{file}"]
     assert x.dtype == torch.float32
-    if file == "cloud.obj": assert torch.equal(x, expected.float())
-    else: assert largest_difference(f"point/{file}", x) == 0
+    if file == "cloud.obj":
+        assert torch.equal(x, expected.float())
+    else:
+        assert largest_difference(f"point/{file}", x) == 0
 
 
 def clip_tokenizer():
     "CLIP's tokenizer from the vocabulary in open_clip_torch, without importing that package."
     from transformers import CLIPTokenizer
+
     package = importlib.util.find_spec("open_clip")
-    if package is None: pytest.skip("needs CLIP's vocabulary: pip install --no-deps open_clip_torch")
+    if package is None:
+        pytest.skip("needs CLIP's vocabulary: pip install --no-deps open_clip_torch")
     path = Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
-    merges = [tuple(line.split()) for line in gzip.decompress(path.read_bytes()).decode().split("\n")[1:49152 - 256 - 1]]
+    merges = [
+        tuple(line.split()) for line in gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 1]
+    ]
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    words = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    words = (
+        letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    )
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges)
 
 
@@ -102,22 +146,36 @@ def clip_tokenizer():
 def test_text_parity(released):
     tokenizer = clip_tokenizer()
     texts = [item["text"] for item in json.loads((GOLDEN / "texts.json").read_text())]
-    repaired = [text.replace("âœ”", "✔").replace("schÃ¶n", "schön") for text in texts]  # what ftfy does with the only broken text
+    repaired = [
+        text.replace("âœ”", "✔").replace("schÃ¶n", "schön") for text in texts
+    ]  # what ftfy does with the only broken text
     ids = load_text(repaired, InputConfig(released_text=released), tokenizer)
     expected = OUTPUTS["text/ids_imagebind_llm" if released else "text/ids_standalone"]
-    same = [i for i, text in enumerate(texts) if released or "<|endoftext|>" not in text]  # typed end tokens: ours drops them
+    same = [
+        i for i, text in enumerate(texts) if released or "<|endoftext|>" not in text
+    ]  # typed end tokens: ours drops them
     assert len(same) >= len(texts) - 1 and torch.equal(ids[same], expected[same])
 
 
 # --- image ---
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16", "PA", "La", "RGBa", "RGBX"])
+
+@pytest.mark.parametrize(
+    "mode",
+    ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16", "PA", "La", "RGBa", "RGBX"],
+)
 def test_image_modes(mode):
     grey = np.linspace(0, 255, 40 * 40).reshape(40, 40)
-    if mode == "I;16": image = Image.fromarray((grey * 257).astype(np.uint16))
-    elif mode == "I": image = Image.fromarray((grey * 257).astype(np.int32))
-    elif mode == "F": image = Image.fromarray((grey / 255).astype(np.float32))
-    else: image = Image.fromarray(grey.astype(np.uint8)).convert("RGB").convert({"La": "LA", "RGBa": "RGBA"}.get(mode, mode))
+    if mode == "I;16":
+        image = Image.fromarray((grey * 257).astype(np.uint16))
+    elif mode == "I":
+        image = Image.fromarray((grey * 257).astype(np.int32))
+    elif mode == "F":
+        image = Image.fromarray((grey / 255).astype(np.float32))
+    else:
+        image = (
+            Image.fromarray(grey.astype(np.uint8)).convert("RGB").convert({"La": "LA", "RGBa": "RGBA"}.get(mode, mode))
+        )
     x = load_image(image, SMALL)
     assert x.shape == (1, 3, 32, 32) and x.isfinite().all() and x[..., -1, :].mean() > x[..., 0, :].mean() + 1
 
@@ -134,7 +192,8 @@ def test_exif_orientation(orientation):
     upright = Image.fromarray(np.linspace(0, 255, 64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8))
     undo = {2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}.get(orientation, [])
     stored, exif, file = upright, Image.Exif(), io.BytesIO()
-    for operation in undo: stored = stored.transpose(operation)
+    for operation in undo:
+        stored = stored.transpose(operation)
     exif[274] = orientation
     stored.save(file, "png", exif=exif)
     assert torch.equal(load_image(file.getvalue(), SMALL), load_image(upright, SMALL))
@@ -150,20 +209,37 @@ def test_alpha_is_dropped_not_blended():
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([8, 31, 32]))
 def test_image_of_any_size(height, width, size):
-    if max(height, width) > 50 * min(height, width): return
+    if max(height, width) > 50 * min(height, width):
+        return
     x = load_image(np.full((height, width, 3), 255, np.uint8), InputConfig(image_size=size))
     assert x.shape == (1, 3, size, size) and (x - x[..., :1, :1]).abs().max() == 0
 
 
 # --- audio ---
 
-@pytest.mark.parametrize("kind,subtype", [("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "PCM_U8"), ("WAV", "FLOAT"), ("WAV", "DOUBLE"), ("FLAC", "PCM_16"),
-                                          ("OGG", "VORBIS"), ("MP3", None), ("AIFF", "PCM_16")])
+
+@pytest.mark.parametrize(
+    "kind,subtype",
+    [
+        ("WAV", "PCM_16"),
+        ("WAV", "PCM_24"),
+        ("WAV", "PCM_U8"),
+        ("WAV", "FLOAT"),
+        ("WAV", "DOUBLE"),
+        ("FLAC", "PCM_16"),
+        ("OGG", "VORBIS"),
+        ("MP3", None),
+        ("AIFF", "PCM_16"),
+    ],
+)
 @pytest.mark.parametrize("rate,channels", [(8000, 1), (44_100, 2)])
 def test_sound_formats(kind, subtype, rate, channels):
     tone, file = np.sin(2 * np.pi * 440 * np.arange(rate) / rate) * 0.5, io.BytesIO()
     soundfile.write(file, np.stack([tone] * channels, 1), rate, format=kind, subtype=subtype)
-    x, expected = load_audio(file.getvalue(), SMALL), load_audio(0.5 * np.sin(2 * np.pi * 440 * np.arange(8000) / 8000), SMALL)
+    x, expected = (
+        load_audio(file.getvalue(), SMALL),
+        load_audio(0.5 * np.sin(2 * np.pi * 440 * np.arange(8000) / 8000), SMALL),
+    )
     loud = (expected > expected.amax((-1, -2), keepdim=True) - 0.4)[..., 2:-2]
     assert (x - expected)[..., 2:-2][loud].abs().max() < 0.1
 
@@ -175,12 +251,15 @@ def video_with_sound(path, seconds=2.0, video=True, codec="aac"):
         sound = container.add_stream(codec, rate=16_000, layout="stereo")
         if video:
             for i in range(int(seconds * 10)):
-                container.mux(moving.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 10 * i, np.uint8), format="rgb24")))
+                container.mux(
+                    moving.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 10 * i, np.uint8), format="rgb24"))
+                )
             container.mux(moving.encode())
         wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * 16_000)) / 16_000).astype(np.float32)
         frame = av.AudioFrame.from_ndarray(np.stack([wave, 0 * wave]), format="fltp", layout="stereo")
         frame.sample_rate = 16_000
-        for piece in av.AudioResampler("fltp", "stereo", 16_000, frame_size=1024).resample(frame): container.mux(sound.encode(piece))
+        for piece in av.AudioResampler("fltp", "stereo", 16_000, frame_size=1024).resample(frame):
+            container.mux(sound.encode(piece))
         container.mux(sound.encode())
 
 
@@ -201,7 +280,9 @@ def test_first_channel_and_batches():
     assert (load_audio(pcm, SMALL) - load_audio(pcm / 32768, SMALL)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("old,new", [(48_000, 16_000), (44_100, 16_000), (8000, 16_000), (22_050, 8000), (11_025, 16_000)])
+@pytest.mark.parametrize(
+    "old,new", [(48_000, 16_000), (44_100, 16_000), (8000, 16_000), (22_050, 8000), (11_025, 16_000)]
+)
 def test_resampling_agrees_with_scipy(old, new):
     t = np.arange(old) / old
     wave = np.sin(2 * np.pi * 300 * t) + 0.5 * np.sin(2 * np.pi * 1100 * t)
@@ -220,7 +301,7 @@ def test_resampling_a_part_equals_part_of_the_whole(old, new, samples, data):
     assert len(whole) == -(-samples * new // old)
     start = data.draw(st.integers(0, len(whole) - 1))
     count = data.draw(st.integers(1, len(whole) - start))
-    assert torch.allclose(resample(wave, old, new, start, count), whole[start:start + count], atol=1e-6)
+    assert torch.allclose(resample(wave, old, new, start, count), whole[start : start + count], atol=1e-6)
 
 
 def test_odd_rates_need_little_memory():
@@ -241,13 +322,20 @@ def test_every_filter_of_another_bank_sees_something():
 
 # --- video ---
 
+
 def ramp_video(path, frames, fps, codec="ffv1", times=None):
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps, width=32, height=32, pix_fmt="bgr0" if codec == "ffv1" else "yuv420p")
-        if times: stream.codec_context.time_base = container.streams.video[0].time_base = __import__("fractions").Fraction(1, 1000)
+        stream = container.add_stream(
+            codec, rate=fps, width=32, height=32, pix_fmt="bgr0" if codec == "ffv1" else "yuv420p"
+        )
+        if times:
+            stream.codec_context.time_base = container.streams.video[0].time_base = Fraction(
+                1, 1000
+            )
         for i in range(frames):
             frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 4 * i, np.uint8), format="rgb24")
-            if times: frame.pts, frame.time_base = round(times[i] * 1000), __import__("fractions").Fraction(1, 1000)
+            if times:
+                frame.pts, frame.time_base = round(times[i] * 1000), Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -269,8 +357,7 @@ def test_variable_rate(tmp_path):
     times = [0, 0.1, 0.2, 0.9, 1.6, 1.7]
     ramp_video(tmp_path / "v.mkv", 6, 30, times=times)
     x = brightness(load_video(tmp_path / "v.mkv", SMALL)) // 4
-    duration = 1.7 + 0.34
-    assert x.tolist() in (clip_frames(np.array(times), duration, SMALL).tolist(), clip_frames(np.array(times), 1.7 + 1 / 30, SMALL).tolist())
+    assert x.tolist() == [[0, 2], [3, 3], [4, 5]]  # of 1.733 s: from 0, 0.7 and 1.4 s, a third of a second each
 
 
 def test_empty_clip_takes_the_frame_on_screen():
@@ -291,9 +378,11 @@ def test_rotated_video(tmp_path):
     film[:, :8] = 255  # bright at the top
     with av.open(str(tmp_path / "v.mp4"), "w") as container:
         stream = container.add_stream("libx264rgb", rate=6, width=48, height=32, pix_fmt="rgb24", options={"crf": "0"})
-        if not hasattr(stream, "set_display_rotation"): pytest.skip("this PyAV cannot write a rotation")
+        if not hasattr(stream, "set_display_rotation"):
+            pytest.skip("this PyAV cannot write a rotation")
         stream.set_display_rotation(90)
-        for frame in film: container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for frame in film:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     x = load_video(tmp_path / "v.mp4", SMALL)
     turned = load_video((np.rot90(film, 1, (1, 2)), 6), SMALL)
@@ -302,11 +391,17 @@ def test_rotated_video(tmp_path):
 
 def test_long_key_frame_distance(tmp_path):
     with av.open(str(tmp_path / "v.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=25, width=64, height=64, pix_fmt="yuv420p", options={"g": "40", "bf": "3"})
-        for i in range(250): container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), i, np.uint8), format="rgb24")))
+        stream = container.add_stream(
+            "libx264", rate=25, width=64, height=64, pix_fmt="yuv420p", options={"g": "40", "bf": "3"}
+        )
+        for i in range(250):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), i, np.uint8), format="rgb24")))
         container.mux(stream.encode())
     config = InputConfig(image_size=64, video_crops=1)
-    chosen, x = clip_frames(np.arange(250) / 25, 10.0, config), brightness(load_video(tmp_path / "v.mp4", config), config)
+    chosen, x = (
+        clip_frames(np.arange(250) / 25, 10.0, config),
+        brightness(load_video(tmp_path / "v.mp4", config), config),
+    )
     assert (x - torch.tensor(chosen)).abs().max() <= 3
 
 
@@ -317,7 +412,9 @@ def test_video_batches_and_crops():
     assert torch.equal(x[7, 1, :, 0], load_image(films[7, 2], SMALL)[0])
     wide = load_video((films[0, :, :16], 6), InputConfig(image_size=16))
     assert wide.shape == (1, 15, 3, 2, 16, 16)
-    left, centre, right = (load_image(films[0, 0, :16, start:start + 16], InputConfig(image_size=16))[0] for start in (0, 8, 16))
+    left, centre, right = (
+        load_image(films[0, 0, :16, start : start + 16], InputConfig(image_size=16))[0] for start in (0, 8, 16)
+    )
     assert all(torch.equal(wide[0, i, :, 0], crop) for i, crop in enumerate((left, centre, right)))
 
 
@@ -327,8 +424,10 @@ CLOUD = rng.normal(size=(256, 3)).astype(np.float32)
 
 
 def pcd(form):
-    head = f"# .PCD v0.7\nVERSION 0.7\nFIELDS x y z rgb\nSIZE 4 4 4 4\nTYPE F F F U\nCOUNT 1 1 1 1\nWIDTH 256\nHEIGHT 1\nPOINTS 256\nDATA {form}\n".encode()
-    if form == "ascii": return head + "".join(f"{x} {y} {z} 7\n" for x, y, z in CLOUD).encode()
+    head = "# .PCD v0.7\nVERSION 0.7\nFIELDS x y z rgb\nSIZE 4 4 4 4\nTYPE F F F U\nCOUNT 1 1 1 1\n"
+    head = (head + f"WIDTH 256\nHEIGHT 1\nPOINTS 256\nDATA {form}\n").encode()
+    if form == "ascii":
+        return head + "".join(f"{x} {y} {z} 7\n" for x, y, z in CLOUD).encode()
     table = np.zeros(256, [("p", "<f4", 3), ("c", "<u4")])
     table["p"] = CLOUD
     return head + table.tobytes()
@@ -336,21 +435,34 @@ def pcd(form):
 
 def cloud_file(kind):
     file = io.BytesIO()
-    if kind == "npy": np.save(file, CLOUD)
-    elif kind == "npy64": np.save(file, CLOUD.astype(np.float64))
-    elif kind == "npz": np.savez_compressed(file, points=CLOUD, colours=CLOUD)
-    elif kind == "pt": torch.save(torch.tensor(CLOUD), file)
-    elif kind == "xyz": np.savetxt(file, CLOUD, fmt="%.9g")
-    elif kind == "csv": np.savetxt(file, CLOUD, fmt="%.9g", delimiter=",")
-    elif kind == "pts": np.savetxt(file, np.c_[CLOUD, CLOUD], fmt="%.9g", header="256", comments="")
-    elif kind.startswith("pcd"): return pcd(kind[4:])
-    elif kind.startswith("ply"): return trimesh.PointCloud(CLOUD).export(file_type="ply", encoding=kind[4:])
+    if kind == "npy":
+        np.save(file, CLOUD)
+    elif kind == "npy64":
+        np.save(file, CLOUD.astype(np.float64))
+    elif kind == "npz":
+        np.savez_compressed(file, points=CLOUD, colours=CLOUD)
+    elif kind == "pt":
+        torch.save(torch.tensor(CLOUD), file)
+    elif kind == "xyz":
+        np.savetxt(file, CLOUD, fmt="%.9g")
+    elif kind == "csv":
+        np.savetxt(file, CLOUD, fmt="%.9g", delimiter=",")
+    elif kind == "pts":
+        np.savetxt(file, np.c_[CLOUD, CLOUD], fmt="%.9g", header="256", comments="")
+    elif kind.startswith("pcd"):
+        return pcd(kind[4:])
+    elif kind.startswith("ply"):
+        return trimesh.PointCloud(CLOUD).export(file_type="ply", encoding=kind[4:])
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["npy", "npy64", "npz", "pt", "xyz", "csv", "pts", "pcd ascii", "pcd binary", "ply ascii", "ply binary"])
+@pytest.mark.parametrize(
+    "kind", ["npy", "npy64", "npz", "pt", "xyz", "csv", "pts", "pcd ascii", "pcd binary", "ply ascii", "ply binary"]
+)
 def test_cloud_formats(tmp_path, kind):
-    path = tmp_path / f"obj.npy.{kind.split()[0].replace('npy64', 'npy').replace('csv', 'xyz')}"  # the type is not a part of the path
+    path = (
+        tmp_path / f"obj.npy.{kind.split()[0].replace('npy64', 'npy').replace('csv', 'xyz')}"
+    )  # the type is not a part of the path
     path.write_bytes(cloud_file(kind))
     assert (load_point(path, SMALL) - load_point(CLOUD, SMALL)).abs().max() < 1e-4
 
@@ -372,32 +484,42 @@ def test_obj_cloud_without_faces(tmp_path):
 
 
 def test_number_of_points():
-    many = load_point(np.arange(3000.).reshape(1000, 3), InputConfig(points=100, point_normalize=False))
-    few = load_point(np.arange(30.).reshape(10, 3), InputConfig(points=100, point_normalize=False))
+    many = load_point(np.arange(3000.0).reshape(1000, 3), InputConfig(points=100, point_normalize=False))
+    few = load_point(np.arange(30.0).reshape(10, 3), InputConfig(points=100, point_normalize=False))
     assert many.shape == few.shape == (1, 100, 3)
     assert len(many[0].unique(dim=0)) == 100 and len(few[0].unique(dim=0)) == 10
-    assert torch.equal(many, load_point(np.arange(3000.).reshape(1000, 3), InputConfig(points=100, point_normalize=False)))
+    assert torch.equal(
+        many, load_point(np.arange(3000.0).reshape(1000, 3), InputConfig(points=100, point_normalize=False))
+    )
 
 
 @settings(max_examples=30, deadline=None)
 @given(hnp.arrays(np.float64, st.tuples(st.integers(1, 40), st.just(3)), elements=st.floats(-1e6, 1e6)))
 def test_any_cloud_fits_the_unit_ball(cloud):
-    try: x = load_point(cloud, SMALL)
-    except ValueError as error: assert "in one place" in str(error)
-    else: assert x.isfinite().all() and abs(x.norm(dim=-1).max() - 1) < 1e-4
+    try:
+        x = load_point(cloud, SMALL)
+    except ValueError as error:
+        assert "in one place" in str(error)
+    else:
+        assert x.isfinite().all() and abs(x.norm(dim=-1).max() - 1) < 1e-4
 
 
 # --- depth, thermal, imu ---
+
 
 @pytest.mark.parametrize("kind", ["png", "tiff", "float tiff", "npy", "PIL"])
 def test_depth_formats(tmp_path, kind):
     metres = rng.integers(500, 4000, (32, 32)) / 1000
     millimetres = Image.fromarray((metres * 1000).round().astype(np.uint16))
     source = tmp_path / "depth.file"
-    if kind == "PIL": source = millimetres
-    elif kind == "npy": np.save(source.open("wb"), metres)
-    elif kind == "float tiff": Image.fromarray(metres.astype(np.float32)).save(source, "tiff")
-    else: millimetres.save(source, kind)
+    if kind == "PIL":
+        source = millimetres
+    elif kind == "npy":
+        np.save(source.open("wb"), metres)
+    elif kind == "float tiff":
+        Image.fromarray(metres.astype(np.float32)).save(source, "tiff")
+    else:
+        millimetres.save(source, kind)
     assert (load_depth(source, SMALL) - load_depth(metres, SMALL)).abs().max() < 1e-4
 
 
@@ -416,7 +538,9 @@ def test_thermal_sources(tmp_path):
     assert torch.allclose(x[0, 0], torch.tensor(celsius / 50, dtype=torch.float32), atol=1e-6)
     assert (load_thermal([tmp_path / "t.png", tmp_path / "t.npy"], SMALL) - x).abs().max() < 2e-4
     relative = rng.integers(0, 255, (32, 32), dtype=np.uint8)
-    assert torch.equal(load_thermal(relative, SMALL), load_thermal(Image.fromarray(np.stack([relative] * 3, -1)), SMALL))
+    assert torch.equal(
+        load_thermal(relative, SMALL), load_thermal(Image.fromarray(np.stack([relative] * 3, -1)), SMALL)
+    )
 
 
 def test_maps_in_batches():
@@ -429,7 +553,8 @@ def test_maps_in_batches():
 
 def imu_csv(motion, times=None, names=("ax", "ay", "az", "gx", "gy", "gz")):
     head, rows = list(names), motion.T
-    if times is not None: head, rows = ["t", *head], np.column_stack([times, rows])
+    if times is not None:
+        head, rows = ["t", *head], np.column_stack([times, rows])
     file = io.BytesIO()
     np.savetxt(file, rows, delimiter=",", header=",".join(head), comments="", fmt="%.9f")
     return file.getvalue()
@@ -458,15 +583,21 @@ def test_one_reading():
 
 # --- everything ---
 
+
 def test_config_survives_json():
     assert InputConfig(**json.loads(json.dumps(asdict(SMALL)))) == SMALL
 
 
 def test_arrays_are_not_changed():
     processor = Processor(SMALL)
-    sources = dict(image=rng.integers(0, 255, (2, 32, 32, 3), dtype=np.uint8), audio=rng.uniform(-1, 1, (2, 8000)).astype(np.float32),
-                   point=rng.normal(size=(2, 256, 3)).astype(np.float32), depth=rng.uniform(1, 4, (2, 32, 32)).astype(np.float32),
-                   thermal=rng.uniform(5, 45, (2, 32, 32)).astype(np.float32), imu=rng.normal(size=(2, 6, 64)).astype(np.float32))
+    sources = dict(
+        image=rng.integers(0, 255, (2, 32, 32, 3), dtype=np.uint8),
+        audio=rng.uniform(-1, 1, (2, 8000)).astype(np.float32),
+        point=rng.normal(size=(2, 256, 3)).astype(np.float32),
+        depth=rng.uniform(1, 4, (2, 32, 32)).astype(np.float32),
+        thermal=rng.uniform(5, 45, (2, 32, 32)).astype(np.float32),
+        imu=rng.normal(size=(2, 6, 64)).astype(np.float32),
+    )
     for modality, array in sources.items():
         before, tensor = array.copy(), torch.tensor(array)
         x = processor(modality, array)

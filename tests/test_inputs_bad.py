@@ -1,4 +1,5 @@
-"Bad sources: one line that says what was found and what is wanted, quickly, without much memory, and without running anything."
+"Bad sources: one line that says what was found, quickly, in little memory, and without running anything."
+
 import io
 import os
 import pickle
@@ -20,7 +21,9 @@ from ibllm.inputs import InputConfig, Processor, load_text
 
 torch.set_num_threads(1)
 FILES = Path(__file__).parent / "golden" / "preprocess" / "files"
-PNG, WAV, MP4, NPY = ((FILES / f).read_bytes() for f in ("landscape.png", "mono_16k_7s.wav", "clip_6400ms.mp4", "cloud.npy"))
+PNG, WAV, MP4, NPY = (
+    (FILES / f).read_bytes() for f in ("landscape.png", "mono_16k_7s.wav", "clip_6400ms.mp4", "cloud.npy")
+)
 NOISE = np.random.default_rng(1).bytes(200_000)
 PROCESSOR = Processor(InputConfig(image_size=32))
 
@@ -28,13 +31,25 @@ PROCESSOR = Processor(InputConfig(image_size=32))
 def png(width, height):
     "A small file that claims any size."
     part = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return (b"\x89PNG\r\n\x1a\n" + part(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + part(b"IDAT", zlib.compress(bytes(1000))) + part(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + part(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + part(b"IDAT", zlib.compress(bytes(1000)))
+        + part(b"IEND", b"")
+    )
 
 
 def wav(claim, rate=16_000, channels=1, samples=1000):
     head = struct.pack("<IHHIIHH", 16, 1, channels, rate, rate * channels * 2 % 2**32, channels * 2, 16)
-    return b"RIFF" + struct.pack("<I", (claim + 36) % 2**32) + b"WAVEfmt " + head + b"data" + struct.pack("<I", claim) + b"\1\0" * samples
+    return (
+        b"RIFF"
+        + struct.pack("<I", (claim + 36) % 2**32)
+        + b"WAVEfmt "
+        + head
+        + b"data"
+        + struct.pack("<I", claim)
+        + b"\1\0" * samples
+    )
 
 
 def sound(kind, keep=None):
@@ -64,16 +79,23 @@ def npy_with_pickle():
 
 def npz_bomb():
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open("points.npy", "w") as entry:
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("points.npy", "w") as entry,
+    ):
         entry.write(npy((20_000_000, 3)))
-        for _ in range(240): entry.write(bytes(10**6))
+        for _ in range(240):
+            entry.write(bytes(10**6))
     return file.getvalue()
 
 
 class Touch:
     "Unpickling it leaves a file behind."
+
     path = "unpickled.txt"
-    def __reduce__(self): return open, (self.path, "w")
+
+    def __reduce__(self):
+        return open, (self.path, "w")
 
 
 def pt(value):
@@ -84,56 +106,187 @@ def pt(value):
 
 PLY = b"ply\nformat %s 1.0\nelement vertex %d\nproperty float x\nproperty float y\nproperty float z\n%send_header\n"
 PCD = b"VERSION 0.7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nWIDTH 9\nHEIGHT 1\nPOINTS %d\nDATA %s\n"
-PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile://%s\n#EXT-X-ENDLIST\n" % os.fsencode(FILES / "clip_6400ms.mp4")
+PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile://%s\n#EXT-X-ENDLIST\n" % os.fsencode(
+    FILES / "clip_6400ms.mp4"
+)
 CONCAT = b"ffconcat version 1.0\nfile %s\n" % os.fsencode(FILES / "clip_6400ms.mp4")
 GIF = b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\2"
 MOTION, HEAD = np.zeros((6, 10)), b"ax,ay,az,gx,gy,gz\n"
 
 CASES = {
     "image": [
-        (b"", "empty"), (b"x", "no known picture"), (PNG[:3000], "truncated"), (png(60_000, 60_000), "exceeds limit"), (png(20_000, 5_000), "exceeds limit"),
-        (png(2**31 - 1, 2**31 - 1), "exceeds limit"), (png(1, 60_000), "one side"), (png(0, 5), "picture"), (GIF, "exceeds limit"), (WAV, "picture"),
-        (MP4, "picture"), (NOISE, "picture"), (NPY, "picture"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known picture"),
-        (np.zeros((0, 3, 3), np.uint8), "shape (0, 3, 3)"), (np.zeros(5, np.uint8), "expected [H, W]"), (np.zeros((3, 32, 32), np.uint8), "channels go last"),
-        (np.zeros((9, 900, 3), np.uint8), "one side"), (np.full((4, 4, 3), 300), "from 300 to 300"), (np.full((4, 4, 3), -1.0), "floats in [0, 1]"),
-        (np.full((4, 4), np.nan), "floats in [0, 1]"), (np.array([["a"]]), "uint8"), (np.zeros((4, 4, 3), complex), "complex"), ([], "empty list")],
+        (b"", "empty"),
+        (b"x", "no known picture"),
+        (PNG[:3000], "truncated"),
+        (png(60_000, 60_000), "exceeds limit"),
+        (png(20_000, 5_000), "exceeds limit"),
+        (png(2**31 - 1, 2**31 - 1), "exceeds limit"),
+        (png(1, 60_000), "one side"),
+        (png(0, 5), "picture"),
+        (GIF, "exceeds limit"),
+        (WAV, "picture"),
+        (MP4, "picture"),
+        (NOISE, "picture"),
+        (NPY, "picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known picture"),
+        (np.zeros((0, 3, 3), np.uint8), "shape (0, 3, 3)"),
+        (np.zeros(5, np.uint8), "expected [H, W]"),
+        (np.zeros((3, 32, 32), np.uint8), "channels go last"),
+        (np.zeros((9, 900, 3), np.uint8), "one side"),
+        (np.full((4, 4, 3), 300), "from 300 to 300"),
+        (np.full((4, 4, 3), -1.0), "floats in [0, 1]"),
+        (np.full((4, 4), np.nan), "floats in [0, 1]"),
+        (np.array([["a"]]), "uint8"),
+        (np.zeros((4, 4, 3), complex), "complex"),
+        ([], "empty list"),
+    ],
     "audio": [
-        (b"", "empty"), (b"x", "read as a sound"), (WAV[:50], "cut off"), (WAV[:-20_000], "cut off"), (wav(10**6), "cut off"), (wav(2**31), "cut off"),
-        (wav(2000, 1), "rate of 1"), (wav(2000, 0), "sound"), (wav(2000, 2**32 - 1), "sound"), (wav(2000, channels=1000), "1000 channels"),
-        (wav(0, samples=0), "no samples"), (flac_claiming_days(), "cut it to"), (sound("FLAC", -30_000), "sound"), (sound("OGG", 5000), "sound"),
-        (sound("MP3", 5000), "sound"), (MP4, "no sound track"), (PNG, "no sound track"), (NOISE, "sound"), (NPY, "sound"), (PLAYLIST, "sound"), (CONCAT, "sound"),
-        (np.zeros(0), "shape (0,)"), (np.zeros(10), "400 at least"), (np.full(8000, np.nan), "NaN"), (np.full(8000, 3e4), "divide by 32768"),
-        (np.zeros(8000, np.uint8), "uint8"), (np.zeros((8000, 2)), "400 at least"), (np.zeros((2, 2, 2, 2)), "[samples]"), ((np.zeros(8000), 0), "rate of 0"),
-        ((np.zeros(8000), "a"), "rate of 'a'"), ((np.zeros(8000), 8000.5), "whole number"), ((np.zeros(8000), 8000, 3), "tuple of 3"), (np.array(["a"]), "floats")],
+        (b"", "empty"),
+        (b"x", "read as a sound"),
+        (WAV[:50], "cut off"),
+        (WAV[:-20_000], "cut off"),
+        (wav(10**6), "cut off"),
+        (wav(2**31), "cut off"),
+        (wav(2000, 1), "rate of 1"),
+        (wav(2000, 0), "sound"),
+        (wav(2000, 2**32 - 1), "sound"),
+        (wav(2000, channels=1000), "1000 channels"),
+        (wav(0, samples=0), "no samples"),
+        (flac_claiming_days(), "cut it to"),
+        (sound("FLAC", -30_000), "sound"),
+        (sound("OGG", 5000), "sound"),
+        (sound("MP3", 5000), "sound"),
+        (MP4, "no sound track"),
+        (PNG, "no sound track"),
+        (NOISE, "sound"),
+        (NPY, "sound"),
+        (PLAYLIST, "sound"),
+        (CONCAT, "sound"),
+        (np.zeros(0), "shape (0,)"),
+        (np.zeros(10), "400 at least"),
+        (np.full(8000, np.nan), "NaN"),
+        (np.full(8000, 3e4), "divide by 32768"),
+        (np.zeros(8000, np.uint8), "uint8"),
+        (np.zeros((8000, 2)), "400 at least"),
+        (np.zeros((2, 2, 2, 2)), "[samples]"),
+        ((np.zeros(8000), 0), "rate of 0"),
+        ((np.zeros(8000), "a"), "rate of 'a'"),
+        ((np.zeros(8000), 8000.5), "whole number"),
+        ((np.zeros(8000), 8000, 3), "tuple of 3"),
+        (np.array(["a"]), "floats"),
+    ],
     "video": [
-        (b"", "empty"), (b"x", "video"), (MP4[:5000], "video"), (MP4[5000:], "video"), (MP4[:len(MP4) // 2], "video"), (WAV, "no video stream"), (GIF, "video"),
-        (NOISE, "video"), (NPY, "video"), (PLAYLIST, "video"), (CONCAT, "video"), ((np.zeros((2, 3, 4), np.uint8), 5), "[T, H, W, 3]"),
-        ((np.zeros((2, 3, 4, 3)), 5), "float64"), ((np.zeros((0, 3, 4, 3), np.uint8), 3), "shape (0,"), ((np.zeros((2, 3, 4, 3), np.uint8), 0), "rate of 0"),
-        ((np.zeros((2, 3, 4, 3), np.uint8), None), "rate of None"), ((np.zeros((2, 2, 500, 3), np.uint8), 5), "one side"), ((5, 5), "got int")],
+        (b"", "empty"),
+        (b"x", "video"),
+        (MP4[:5000], "video"),
+        (MP4[5000:], "video"),
+        (MP4[: len(MP4) // 2], "video"),
+        (WAV, "no video stream"),
+        (GIF, "video"),
+        (NOISE, "video"),
+        (NPY, "video"),
+        (PLAYLIST, "video"),
+        (CONCAT, "video"),
+        ((np.zeros((2, 3, 4), np.uint8), 5), "[T, H, W, 3]"),
+        ((np.zeros((2, 3, 4, 3)), 5), "float64"),
+        ((np.zeros((0, 3, 4, 3), np.uint8), 3), "shape (0,"),
+        ((np.zeros((2, 3, 4, 3), np.uint8), 0), "rate of 0"),
+        ((np.zeros((2, 3, 4, 3), np.uint8), None), "rate of None"),
+        ((np.zeros((2, 2, 500, 3), np.uint8), 5), "one side"),
+        ((5, 5), "got int"),
+    ],
     "point": [
-        (b"", "empty"), (b"x", "xyz format"), (NPY[:200], "cut off"), (npy((10**12, 3)), "claims shape"), (npy((9, 3), "|O"), "npy format"), (npy_with_pickle(), "npy format"),
-        (pt({"a": Touch()}), "Weights only"), (pickle.dumps(Touch()), "xyz format"), (pt(torch.zeros(1).expand(10**10, 3)), "claims shape"), (pt([1]), "holds a list"),
-        (npz_bomb(), "unpacks to"), (b"PK\3\4", "zip"), (PLY % (b"ascii", 10**11, b"") + b"1 2 3\n", "cut off"), (PLY % (b"binary_little_endian", 10**11, b"") + bytes(9), "ply format"),
-        (PLY % (b"binary_little_endian", 3, b"element face 4000000000\nproperty list uchar int vertex_indices\n") + bytes(36), "cut off"), (b"ply\n", "ply format"),
-        (b"OFF\n99999999999 9999999999 0\n0 0 0\n", "off format"), (b"OFF\n", "off format"), (PCD % (10**11, b"binary") + bytes(24), "pcd format"),
-        (PCD % (3, b"ascii") + b"1 2 3\n", "1 of 3"), (PCD % (3, b"binary_compressed"), "save it as binary"), (b"5\n1 2 3\n", "1 lines of numbers, 5 expected"),
-        (b"1 2\n3 4\n", "[N, 3]"), (b"1 2 x\n", "xyz format"), (b"nan nan nan\n1 2 3\n", "NaN"), (b"1 2 3\n", "in one place"), (NOISE, "xyz format"), (PNG, "xyz format"),
-        (np.zeros((0, 3)), "shape (0, 3)"), (np.zeros((5, 2)), "[N, 3]"), (np.zeros(3), "[N, 3]"), (np.full((5, 3), np.inf), "infinite"), (np.array([["a"] * 3]), "[N, 3]")],
+        (b"", "empty"),
+        (b"x", "xyz format"),
+        (NPY[:200], "cut off"),
+        (npy((10**12, 3)), "claims shape"),
+        (npy((9, 3), "|O"), "npy format"),
+        (npy_with_pickle(), "npy format"),
+        (pt({"a": Touch()}), "Weights only"),
+        (pickle.dumps(Touch()), "xyz format"),
+        (pt(torch.zeros(1).expand(10**10, 3)), "claims shape"),
+        (pt([1]), "holds a list"),
+        (npz_bomb(), "unpacks to"),
+        (b"PK\3\4", "zip"),
+        (PLY % (b"ascii", 10**11, b"") + b"1 2 3\n", "cut off"),
+        (PLY % (b"binary_little_endian", 10**11, b"") + bytes(9), "ply format"),
+        (
+            PLY % (b"binary_little_endian", 3, b"element face 4000000000\nproperty list uchar int vertex_indices\n")
+            + bytes(36),
+            "cut off",
+        ),
+        (b"ply\n", "ply format"),
+        (b"OFF\n99999999999 9999999999 0\n0 0 0\n", "off format"),
+        (b"OFF\n", "off format"),
+        (PCD % (10**11, b"binary") + bytes(24), "pcd format"),
+        (PCD % (3, b"ascii") + b"1 2 3\n", "1 of 3"),
+        (PCD % (3, b"binary_compressed"), "save it as binary"),
+        (b"5\n1 2 3\n", "1 lines of numbers, 5 expected"),
+        (b"1 2\n3 4\n", "[N, 3]"),
+        (b"1 2 x\n", "xyz format"),
+        (b"nan nan nan\n1 2 3\n", "NaN"),
+        (b"1 2 3\n", "in one place"),
+        (NOISE, "xyz format"),
+        (PNG, "xyz format"),
+        (np.zeros((0, 3)), "shape (0, 3)"),
+        (np.zeros((5, 2)), "[N, 3]"),
+        (np.zeros(3), "[N, 3]"),
+        (np.full((5, 3), np.inf), "infinite"),
+        (np.array([["a"] * 3]), "[N, 3]"),
+    ],
     "depth": [
-        (b"", "empty"), (b"x", "depth map"), (PNG, "8-bit"), (png(60_000, 60_000), "exceeds limit"), (png(8000, 8000), "million at most"), (npy((10**12, 3)), "claims shape"),
-        (npy_with_pickle(), "depth map"), (b"\x76\x2f\x31\x01" + bytes(50), "OpenEXR"), (WAV, "depth map"), (np.zeros((4, 4)), "no pixel"), (np.full((4, 4), np.nan), "no pixel"),
-        (np.full((4, 4), -1.0), "down to -1"), (np.full((4, 4), 2000.0), "millimetres"), (np.zeros((4, 4), np.uint8), "8-bit"), (np.zeros(4), "[H, W]"),
-        (np.zeros((2, 2), complex), "complex"), (np.ones((4, 400)), "one side")],
+        (b"", "empty"),
+        (b"x", "depth map"),
+        (PNG, "8-bit"),
+        (png(60_000, 60_000), "exceeds limit"),
+        (png(8000, 8000), "million at most"),
+        (npy((10**12, 3)), "claims shape"),
+        (npy_with_pickle(), "depth map"),
+        (b"\x76\x2f\x31\x01" + bytes(50), "OpenEXR"),
+        (WAV, "depth map"),
+        (np.zeros((4, 4)), "no pixel"),
+        (np.full((4, 4), np.nan), "no pixel"),
+        (np.full((4, 4), -1.0), "down to -1"),
+        (np.full((4, 4), 2000.0), "millimetres"),
+        (np.zeros((4, 4), np.uint8), "8-bit"),
+        (np.zeros(4), "[H, W]"),
+        (np.zeros((2, 2), complex), "complex"),
+        (np.ones((4, 400)), "one side"),
+    ],
     "thermal": [
-        (b"", "empty"), (b"x", "thermal map"), (png(60_000, 60_000), "exceeds limit"), (npy((10**12, 3)), "claims shape"), (WAV, "thermal map"),
-        (np.full((4, 4), 293.0), "kelvin"), (np.linspace(0, 1, 16).reshape(4, 4), "look scaled"), (np.full((4, 4), np.nan), "NaN"),
-        (np.full((4, 4), 5, np.uint16), "hundredths of a kelvin"), (np.full((4, 4), -300.0), "from -300"), (np.zeros(4), "[H, W]")],
+        (b"", "empty"),
+        (b"x", "thermal map"),
+        (png(60_000, 60_000), "exceeds limit"),
+        (npy((10**12, 3)), "claims shape"),
+        (WAV, "thermal map"),
+        (np.full((4, 4), 293.0), "kelvin"),
+        (np.linspace(0, 1, 16).reshape(4, 4), "look scaled"),
+        (np.full((4, 4), np.nan), "NaN"),
+        (np.full((4, 4), 5, np.uint16), "hundredths of a kelvin"),
+        (np.full((4, 4), -300.0), "from -300"),
+        (np.zeros(4), "[H, W]"),
+    ],
     "imu": [
-        (b"", "empty"), (b"x", "expected the columns"), (b"1,2,3,4,5,6\n" * 4, "expected the columns"), (HEAD, "0 lines"), (HEAD + b"1,2,3,4,5\n" * 2, "2 lines of 5"),
-        (HEAD + b"1,2,3,4,5,x\n", "IMU recording"), (b"t," + HEAD + b"0,1,2,3,4,5,6\n" * 2, "does not increase"), (npy((10**12, 6)), "claims shape"), (PNG, "IMU recording"),
-        (b"t," + HEAD + b"0,1,2,3,4,5,6\n10,1,2,3,4,5,6\n", "t in seconds"), (b"t," + HEAD + b"nan,1,2,3,4,5,6\n1,1,2,3,4,5,6\n", "does not increase"),
-        (np.zeros((5, 10)), "[6, T]"), (np.zeros((6, 0)), "[6, T]"), (np.zeros(6), "[6, T]"), (MOTION * np.nan, "NaN"), (MOTION + 1e4, "mm/s²"),
-        (MOTION + 60, "degrees per second"), ((MOTION, 0), "rate of 0"), ((MOTION, "x"), "rate of 'x'")],
+        (b"", "empty"),
+        (b"x", "expected the columns"),
+        (b"1,2,3,4,5,6\n" * 4, "expected the columns"),
+        (HEAD, "0 lines"),
+        (HEAD + b"1,2,3,4,5\n" * 2, "2 lines of 5"),
+        (HEAD + b"1,2,3,4,5,x\n", "IMU recording"),
+        (b"t," + HEAD + b"0,1,2,3,4,5,6\n" * 2, "does not increase"),
+        (npy((10**12, 6)), "claims shape"),
+        (PNG, "IMU recording"),
+        (b"t," + HEAD + b"0,1,2,3,4,5,6\n10,1,2,3,4,5,6\n", "t in seconds"),
+        (b"t," + HEAD + b"nan,1,2,3,4,5,6\n1,1,2,3,4,5,6\n", "does not increase"),
+        (np.zeros((5, 10)), "[6, T]"),
+        (np.zeros((6, 0)), "[6, T]"),
+        (np.zeros(6), "[6, T]"),
+        (MOTION * np.nan, "NaN"),
+        (MOTION + 1e4, "mm/s²"),
+        (MOTION + 60, "degrees per second"),
+        ((MOTION, 0), "rate of 0"),
+        ((MOTION, "x"), "rate of 'x'"),
+    ],
 }
 
 
@@ -154,28 +307,46 @@ def test_bad_source(modality, number, tmp_path, monkeypatch, capfd):
 def test_bad_file_is_named(modality, tmp_path):
     path = tmp_path / "mislabelled.png"
     path.write_bytes(NOISE)
-    with pytest.raises(ValueError, match="mislabelled.png: "): PROCESSOR(modality, path)
-    with pytest.raises(ValueError, match="mislabelled.png: "): PROCESSOR(modality, [str(path)])
-    with pytest.raises(ValueError, match="mislabelled.png: "), path.open("rb") as file: PROCESSOR(modality, file)
-    with pytest.raises(ValueError, match="not a file"): PROCESSOR(modality, tmp_path)
-    with pytest.raises(ValueError, match="opened as text"): PROCESSOR(modality, io.StringIO("x"))
+    with pytest.raises(ValueError, match="mislabelled.png: "):
+        PROCESSOR(modality, path)
+    with pytest.raises(ValueError, match="mislabelled.png: "):
+        PROCESSOR(modality, [str(path)])
+    with pytest.raises(ValueError, match="mislabelled.png: "), path.open("rb") as file:
+        PROCESSOR(modality, file)
+    with pytest.raises(ValueError, match="not a file"):
+        PROCESSOR(modality, tmp_path)
+    with pytest.raises(ValueError, match="opened as text"):
+        PROCESSOR(modality, io.StringIO("x"))
     for missing in (tmp_path / "none.png", "none.png", "x" * 5000, "\0"):
-        with pytest.raises(FileNotFoundError, match="no such file"): PROCESSOR(modality, missing)
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            PROCESSOR(modality, missing)
     for wrong in (None, 5, {}, (path, 5, 5)):
-        with pytest.raises((TypeError, ValueError)) as failure: PROCESSOR(modality, wrong)
+        with pytest.raises((TypeError, ValueError)) as failure:
+            PROCESSOR(modality, wrong)
         assert "\n" not in str(failure.value) and "expected" in str(failure.value) or "give" in str(failure.value)
 
 
 @pytest.mark.parametrize("modality", CASES)
 def test_damaged_files_raise_nothing_else(modality):
     "Files with bytes changed either load or raise ValueError."
-    good = dict(image=PNG, audio=WAV[:44] + WAV[44:4000], video=MP4, point=NPY, depth=depth_png(), thermal=depth_png(), imu=HEAD + b"1,2,3,4,5,6\n" * 5)[modality]
+    good = dict(
+        image=PNG,
+        audio=WAV[:44] + WAV[44:4000],
+        video=MP4,
+        point=NPY,
+        depth=depth_png(),
+        thermal=depth_png(),
+        imu=HEAD + b"1,2,3,4,5,6\n" * 5,
+    )[modality]
     change = np.random.default_rng(0)
     for _ in range(12):
         data = bytearray(good)
-        for _ in range(change.integers(1, 9)): data[change.integers(min(len(data), 400))] = change.integers(256)
-        try: assert PROCESSOR(modality, bytes(data)).isfinite().all()
-        except ValueError as error: assert "\n" not in str(error)
+        for _ in range(change.integers(1, 9)):
+            data[change.integers(min(len(data), 400))] = change.integers(256)
+        try:
+            assert PROCESSOR(modality, bytes(data)).isfinite().all()
+        except ValueError as error:
+            assert "\n" not in str(error)
 
 
 def depth_png():
@@ -185,22 +356,34 @@ def depth_png():
 
 
 def test_text_errors(tmp_path):
-    with pytest.raises(ValueError, match="tokenizer: got None"): PROCESSOR("text", "a dog")
-    with pytest.raises(ValueError, match="expected one of image, video"): PROCESSOR("smell", "a rose")
+    with pytest.raises(ValueError, match="tokenizer: got None"):
+        PROCESSOR("text", "a dog")
+    with pytest.raises(ValueError, match="expected one of image, video"):
+        PROCESSOR("smell", "a rose")
 
     class Words:
         bos_token_id, eos_token_id = 1, 2
-        def __len__(self): return 3
-        def __call__(self, texts, **_): return {"input_ids": [[] for _ in texts]}
-    with pytest.raises(ValueError, match="empty list"): load_text([], InputConfig(), Words())
-    with pytest.raises(ValueError, match="characters"): load_text("x" * 2_000_000, InputConfig(), Words())
+
+        def __len__(self):
+            return 3
+
+        def __call__(self, texts, **_):
+            return {"input_ids": [[] for _ in texts]}
+
+    with pytest.raises(ValueError, match="empty list"):
+        load_text([], InputConfig(), Words())
+    with pytest.raises(ValueError, match="characters"):
+        load_text("x" * 2_000_000, InputConfig(), Words())
     (tmp_path / "t.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ValueError, match="UTF-8"): load_text(tmp_path / "t.txt", InputConfig(), Words())
-    with pytest.raises(TypeError, match="give a text"): load_text(5, InputConfig(), Words())
+    with pytest.raises(ValueError, match="UTF-8"):
+        load_text(tmp_path / "t.txt", InputConfig(), Words())
+    with pytest.raises(TypeError, match="give a text"):
+        load_text(5, InputConfig(), Words())
 
 
 def test_config_errors():
-    with pytest.raises(ValueError, match="video_crops: got 2"): InputConfig(video_crops=2)
+    with pytest.raises(ValueError, match="video_crops: got 2"):
+        InputConfig(video_crops=2)
 
 
 def test_a_wave_of_unknown_length_is_read():
