@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['NORM_EPS', 'make_norm', 'BindBlock', 'BindNetwork']
 
-# %% ../nbs/03_bind.ipynb #90317904
+# %% ../nbs/03_bind.ipynb #69db9bc7
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../nbs/03_bind.ipynb #c6282d83
+# %% ../nbs/03_bind.ipynb #d8d2033c
 NORM_EPS = {"rms": 1e-6, "layer": 1e-5}
 
 
@@ -20,7 +20,7 @@ def make_norm(kind: str, width: int) -> nn.Module:
     layer = nn.RMSNorm if kind == "rms" else nn.LayerNorm
     return layer(width, eps=NORM_EPS[kind])
 
-# %% ../nbs/03_bind.ipynb #5d460f46
+# %% ../nbs/03_bind.ipynb #07f0c74e
 class BindBlock(nn.Module):
     """Residual SwiGLU block: `v + down(silu(gate(n)) * up(n))` with `n = norm(v)`, [B, H] → [B, H] (released code).
 
@@ -38,9 +38,9 @@ class BindBlock(nn.Module):
         n = self.norm(v)
         return v + self.down(F.silu(self.gate(n)) * self.up(n))
 
-# %% ../nbs/03_bind.ipynb #96d17d94
+# %% ../nbs/03_bind.ipynb #8724b148
 class BindNetwork(nn.Module):
-    """Maps features [B, feature_dim] to bind features [B, hidden_size], any float dtype (paper §3.2; released code).
+    """Maps features [B, feature_dim] to bind features [B, hidden_size], any float dtype (paper §3.2.1; released code).
 
     `norm="layer"` builds the legacy form with LayerNorm and biases. Raises ValueError for another norm or width."""
 

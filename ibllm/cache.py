@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Retrieved', 'VisualCache']
 
-# %% ../nbs/05_cache.ipynb #4f29e2c4
+# %% ../nbs/05_cache.ipynb #b118dada
 import json, math, os
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/05_cache.ipynb #c8c61d89
+# %% ../nbs/05_cache.ipynb #dc1f2682
 def _check_features(features: Tensor, name: str, width: int | None = None) -> Tensor:
     "Detached float32 CPU copy of `features`, or one line saying what is wrong with them."
     if not torch.is_tensor(features) or features.ndim != 2:
@@ -29,7 +29,7 @@ def _check_features(features: Tensor, name: str, width: int | None = None) -> Te
     if (features.norm(dim=1) == 0).any(): raise ValueError(f"{name}: got a zero vector, wants features of unit length")
     return features.contiguous()
 
-# %% ../nbs/05_cache.ipynb #6977f95a
+# %% ../nbs/05_cache.ipynb #29566912
 class Retrieved(NamedTuple):
     "What a memory answered to a batch of features."
     ids: Tensor  # [B, k] int64, rows of the memory, most similar first
@@ -37,9 +37,9 @@ class Retrieved(NamedTuple):
     weights: Tensor  # [B, k] softmax weights, each row sums to 1
     prototype: Tensor  # [B, D] unit vectors
 
-# %% ../nbs/05_cache.ipynb #456e004e
+# %% ../nbs/05_cache.ipynb #340c6537
 class VisualCache:
-    """A memory of unit features that enhances other features without training (paper §3.4).
+    """A memory of unit features that enhances other features without training (paper §3.2.3).
 
     Wraps any FAISS `index` that can reconstruct its vectors; `made_from` says in words what was stored."""
 
@@ -61,7 +61,7 @@ class VisualCache:
     def __repr__(self):
         return f"VisualCache({len(self):,} features of width {self.width}, made from {self.made_from!r})"
 
-# %% ../nbs/05_cache.ipynb #85638a6c
+# %% ../nbs/05_cache.ipynb #ce4ce955
 def _neighbours(cache: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
     "Ids [B, k] and vectors [B, k, D] of the `k` memories nearest to each checked row of `query`."
     if not isinstance(k, int) or not 1 <= k <= len(cache):
@@ -72,7 +72,7 @@ def _neighbours(cache: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tens
     if (ids < 0).any(): raise ValueError(f"k: the index found fewer than {k} neighbours; lower k or raise its nprobe")
     return torch.from_numpy(ids), torch.from_numpy(vectors)
 
-# %% ../nbs/05_cache.ipynb #c12c72e7
+# %% ../nbs/05_cache.ipynb #5aba93c1
 @patch
 def search(self: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
     "Similarities and ids, both [B, k], of the `k` memories nearest to each row of `query` [B, D], most similar first."
@@ -80,7 +80,7 @@ def search(self: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids, vectors = _neighbours(self, checked, k)
     return torch.einsum("bd,bkd->bk", checked, vectors), ids
 
-# %% ../nbs/05_cache.ipynb #5c346a26
+# %% ../nbs/05_cache.ipynb #13ced80d
 @patch
 def retrieve(self: VisualCache, feature: Tensor, k: int = 10, temperature: float = 20.0) -> Retrieved:
     "Neighbours of `feature` [B, D], their softmax weights at `temperature` ≥ 0, and the prototype they form."
@@ -93,17 +93,17 @@ def retrieve(self: VisualCache, feature: Tensor, k: int = 10, temperature: float
     prototype = F.normalize(torch.einsum("bk,bkd->bd", weights, vectors), dim=1)
     return Retrieved(ids, similarities, weights, prototype)
 
-# %% ../nbs/05_cache.ipynb #3bdee5d3
+# %% ../nbs/05_cache.ipynb #6b1b318c
 @patch
 def enhance(self: VisualCache, feature: Tensor, k: int = 10, temperature: float = 20.0, weight: float = 0.5) -> Tensor:
     """Move each `feature` [B, D] towards its `k` nearest memories: unit vectors [B, D], same dtype and device.
 
-    `weight` in [0, 1]: 0 only normalises, 1 returns the prototype. Every row is looked up on its own (paper §3.4)."""
+    `weight` in [0, 1]: 0 only normalises, 1 returns the prototype. Every row is looked up on its own (paper §3.2.3)."""
     if not 0 <= weight <= 1: raise ValueError(f"weight: got {weight}, wants a number from 0 to 1")
     prototype = self.retrieve(feature, k, temperature).prototype.to(feature)
     return F.normalize((1 - weight) * feature + weight * prototype, dim=1)
 
-# %% ../nbs/05_cache.ipynb #38759717
+# %% ../nbs/05_cache.ipynb #af6640c0
 def _replace(path: Path, write):
     "Call `write` on a temporary name beside `path`, then move the result into place."
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -115,7 +115,7 @@ def _replace(path: Path, write):
 
 def _record_path(path: Path) -> Path: return path.with_name(path.name + ".json")
 
-# %% ../nbs/05_cache.ipynb #e6b7518d
+# %% ../nbs/05_cache.ipynb #644f6b85
 @patch
 def save(self: VisualCache, path: str | Path):
     "Write the index to `path` and its record (count, width, made_from) to `path` + `.json`."
@@ -124,7 +124,7 @@ def save(self: VisualCache, path: str | Path):
     _replace(path, lambda name: faiss.write_index(self.index, name))
     _replace(_record_path(path), lambda name: Path(name).write_text(json.dumps(record, indent=1) + "\n"))
 
-# %% ../nbs/05_cache.ipynb #d5cc52a6
+# %% ../nbs/05_cache.ipynb #3d4306d4
 @patch(cls_method=True)
 def load(cls: VisualCache, path: str | Path, mmap: bool = False) -> VisualCache:
     """The memory saved at `path`, or any FAISS index that can reconstruct its vectors; `mmap` leaves them in the file.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'gated_attention', 'base_model', 'enable_injection', 'value_states', 'GatedInjection']
 
-# %% ../nbs/04_llama.ipynb #29a9833c
+# %% ../nbs/04_llama.ipynb #700eb193
 from functools import cache
 
 import torch
@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# %% ../nbs/04_llama.ipynb #46d58d50
+# %% ../nbs/04_llama.ipynb #6a140866
 def _check_gated_values(values: Tensor, output: Tensor, depth: int):
     "`values` [B, L ≤ depth, heads, head_dim] must fit an attention `output` [B, T, heads, head_dim]."
     (batch, _, heads, head_dim), got = output.shape, tuple(values.shape)
@@ -23,7 +23,7 @@ def _check_gated_values(values: Tensor, output: Tensor, depth: int):
     if got[1] > depth:
         raise ValueError(f"gated_values: got {got[1]} layers, wants at most {depth}, the decoder's depth")
 
-# %% ../nbs/04_llama.ipynb #c08d6069
+# %% ../nbs/04_llama.ipynb #fd6cbaee
 ATTENTION = "gated_sdpa"  # our name in transformers' registries
 
 
@@ -42,12 +42,12 @@ def gated_attention(module: nn.Module, query, key, value, attention_mask, gated_
 AttentionInterface.register(ATTENTION, gated_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
-# %% ../nbs/04_llama.ipynb #f3a3da07
+# %% ../nbs/04_llama.ipynb #cfd29de3
 def base_model(llm: nn.Module) -> PreTrainedModel:
     "The Hugging Face model inside a PEFT wrapper, or `llm` itself."
     return llm.get_base_model() if hasattr(llm, "get_base_model") else llm
 
-# %% ../nbs/04_llama.ipynb #493cb443
+# %% ../nbs/04_llama.ipynb #4a75d0d6
 class _TakesGatedValues:
     "Mixed into a model's class: lets `generate` pass `gated_values` on to `forward`."
     def _validate_model_kwargs(self, model_kwargs):
@@ -68,7 +68,7 @@ def _attentions(llm: nn.Module) -> list[nn.Module]:
     "The attention modules of a decoder, first layer first."
     return [getattr(layer, "self_attn", None) for layer in getattr(base_model(llm).get_decoder(), "layers", [])]
 
-# %% ../nbs/04_llama.ipynb #c9ea0a96
+# %% ../nbs/04_llama.ipynb #9db31fb2
 def enable_injection(llm: nn.Module) -> nn.Module:
     """Let `llm`, a Hugging Face decoder (with PEFT or not), take `gated_values` in `forward` and `generate`; return it.
 
@@ -83,14 +83,14 @@ def enable_injection(llm: nn.Module) -> nn.Module:
         model.__class__ = _injectable(type(model))
     return llm
 
-# %% ../nbs/04_llama.ipynb #e139ce3b
+# %% ../nbs/04_llama.ipynb #e5012b22
 def _bare(projection: nn.Module) -> nn.Module:
     "The linear layer inside a LoRA wrapper; refuses one whose LoRA was merged into it."
     if getattr(projection, "merged", False):
         raise ValueError("llm: got LoRA merged into `v_proj`, wants the bare projection; call `unmerge_adapter()`")
     return projection.get_base_layer() if hasattr(projection, "get_base_layer") else projection
 
-# %% ../nbs/04_llama.ipynb #fa6e9720
+# %% ../nbs/04_llama.ipynb #7b0ac7b0
 def value_states(attention: nn.Module, x: Tensor) -> Tensor:
     "Frozen value projection of `x` [B, H] without bias and LoRA, one row per query head: [B, heads, head_dim]."
     projection = _bare(attention.v_proj)
@@ -100,9 +100,9 @@ def value_states(attention: nn.Module, x: Tensor) -> Tensor:
     values = values.unflatten(-1, (-1, attention.head_dim))
     return values.repeat_interleave(attention.num_key_value_groups, dim=1)
 
-# %% ../nbs/04_llama.ipynb #8e0030df
+# %% ../nbs/04_llama.ipynb #b64dba24
 class GatedInjection(nn.Module):
-    """Learned queries [layers, hidden_size] ~ N(0, 1) and gates [layers, num_heads] = 0 (paper §3.2; released code).
+    """Learned queries [layers, hidden_size] ~ N(0, 1) and gates [layers, num_heads] = 0 (paper §3.2.1; released code).
 
     `layers` of the decoder's `num_layers` are injected, counted from the last one; None means all.
     Raises ValueError if `layers` is not in 1 … `num_layers`."""
