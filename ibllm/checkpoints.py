@@ -7,7 +7,7 @@ __all__ = ['POINT', 'BLOCK', 'POINT_TRUNK', 'TRUNKS', 'HEADS', 'STEMS', 'IMAGEBI
            'read_weights', 'write_weights', 'translate', 'load_imagebind', 'imagebind_weights', 'rotary_rows',
            'load_llama', 'llama_weights', 'Adapted', 'load_adapter', 'adapter_weights', 'load_published']
 
-# %% ../nbs/07_checkpoints.ipynb #859677be
+# %% ../nbs/07_checkpoints.ipynb #d8a7d322
 import argparse, copy, json, os, pickle, re, zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from .encoders import ImageBind, ImageBindConfig
 from .llama import GatedInjection, base_model
 from .model import BindConfig, ImageBindLLM, ModelConfig
 
-# %% ../nbs/07_checkpoints.ipynb #d14bbe6c
+# %% ../nbs/07_checkpoints.ipynb #5df78cab
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` or `.pth` file by name; of a training file, those under `"model"`.
 
@@ -45,7 +45,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"path: {str(path)!r} holds no tensors by name")
     return weights
 
-# %% ../nbs/07_checkpoints.ipynb #f5e3d5d1
+# %% ../nbs/07_checkpoints.ipynb #1e43a50c
 def write_weights(weights: dict[str, Tensor], path: str | Path):
     "Write `weights` as `.safetensors`, or as `.pth` under the name `model` like the released files; replaces a file."
     path = Path(path)
@@ -57,7 +57,7 @@ def write_weights(weights: dict[str, Tensor], path: str | Path):
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/07_checkpoints.ipynb #f6a2f30a
+# %% ../nbs/07_checkpoints.ipynb #309f7a2e
 def translate(names, table: list[tuple[str, str]], back: bool = False) -> dict[str, str]:
     "Their name → our name for each of `names` in `table` (`back`: ours → theirs); names that fit nothing are left out."
     rules = [(ours, theirs) if back else (theirs, ours) for theirs, ours in table]
@@ -69,7 +69,7 @@ def translate(names, table: list[tuple[str, str]], back: bool = False) -> dict[s
         if match: found[name] = match[1].format(*match[0].groups())
     return found
 
-# %% ../nbs/07_checkpoints.ipynb #521b7ed0
+# %% ../nbs/07_checkpoints.ipynb #4115a9bc
 def _check_weights(what: str, offered: dict[str, Tensor], wanted: dict[str, Tensor]):
     "One line of ValueError unless `offered` has exactly the names and shapes of `wanted`."
     missing, unknown = sorted(wanted.keys() - offered.keys()), sorted(offered.keys() - wanted.keys())
@@ -87,7 +87,7 @@ def _fill(module: nn.Module, weights: dict[str, Tensor], what: str, dtype: torch
     module.load_state_dict(weights, assign=True)
     return module.eval()
 
-# %% ../nbs/07_checkpoints.ipynb #2f3760b1
+# %% ../nbs/07_checkpoints.ipynb #eb67802b
 POINT, BLOCK = "point_trunk.point_encoder", "towers.*.transformer.blocks.*"
 POINT_TRUNK = [
     ("point_trunk.pc_projection", "towers.point.projection"), (f"{POINT}.norm.*", "towers.point.norm.*"),
@@ -105,7 +105,7 @@ POINT_TRUNK = [
     ("attn.proj", "attention.output"),
     ("mlp.fc1", "expand"), ("mlp.fc2", "contract")]]
 
-# %% ../nbs/07_checkpoints.ipynb #6016ccba
+# %% ../nbs/07_checkpoints.ipynb #43b40f69
 TRUNKS = [(f"modality_trunks.*.blocks.*.{theirs}", f"{BLOCK}.{ours}") for theirs, ours in [
     ("norm_1.*", "attention_norm.*"), ("norm_2.*", "mlp_norm.*"), ("attn.in_proj_*", "attention.qkv.*"),
     ("attn.out_proj.*", "attention.output.*"), ("attn.bias_k", "attention.bias_key"),
@@ -119,7 +119,7 @@ HEADS = [
     ("modality_heads.*.2.*", "towers.*.head.projection.*"),
     ("modality_postprocessors.*.1.log_logit_scale", "towers.*.log_logit_scale")]
 
-# %% ../nbs/07_checkpoints.ipynb #9c870b4b
+# %% ../nbs/07_checkpoints.ipynb #65e3cb79
 STEMS = [(f"modality_preprocessors.{theirs}", f"towers.{ours}") for theirs, ours in [
     ("vision.rgbt_stem.proj.1.weight", "vision.stem.weight"),
     ("text.token_embedding.weight", "text.stem.embedding.weight"),
@@ -131,11 +131,11 @@ STEMS = [(f"modality_preprocessors.{theirs}", f"towers.{ours}") for theirs, ours
 
 IMAGEBIND = POINT_TRUNK + TRUNKS + HEADS + STEMS
 
-# %% ../nbs/07_checkpoints.ipynb #1f4990f0
+# %% ../nbs/07_checkpoints.ipynb #2f222dff
 def load_imagebind(source: str | Path | dict, config: ImageBindConfig | None = None) -> ImageBind:
     """The encoder in a released file (or its tensors by name), in evaluation mode.
 
-    Without `config`: ImageBind-Huge, with the point tower if the file has one. Raises ValueError if one does not fit."""
+    Without `config`: ImageBind-Huge, with a point tower if the file has one. ValueError if a tensor does not fit."""
     weights = source if isinstance(source, dict) else read_weights(source)
     if config is None:
         config = ImageBindConfig() if "point_trunk.pc_projection" in weights else ImageBindConfig(point=None)
@@ -149,14 +149,14 @@ def imagebind_weights(encoder: ImageBind) -> dict[str, Tensor]:
     theirs = translate(encoder.state_dict(), IMAGEBIND, back=True)
     return {theirs[name]: w for name, w in encoder.state_dict().items()}
 
-# %% ../nbs/07_checkpoints.ipynb #ea5e6cda
+# %% ../nbs/07_checkpoints.ipynb #65257784
 def rotary_rows(x: Tensor, heads: int, back: bool = False) -> Tensor:
     "Rows of `x` [heads * d, ...] from Meta's rotary order to Hugging Face's (`back`: the other way)."
     half = x.shape[0] // heads // 2
     pairs = (heads, 2, half) if back else (heads, half, 2)
     return x.unflatten(0, pairs).transpose(1, 2).flatten(0, 2)
 
-# %% ../nbs/07_checkpoints.ipynb #e1b2716c
+# %% ../nbs/07_checkpoints.ipynb #c0085882
 LINEAR = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
           "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
           "feed_forward.w3": "mlp.up_proj"}
@@ -166,7 +166,7 @@ NORMS = [("norm.weight", "model.norm.weight"),
 LLAMA = NORMS + [("tok_embeddings.weight", "model.embed_tokens.weight"), ("output.weight", "lm_head.weight")]
 LLAMA += [(f"layers.*.{theirs}.weight", f"model.layers.*.{ours}.weight") for theirs, ours in LINEAR.items()]
 
-# %% ../nbs/07_checkpoints.ipynb #1a56a549
+# %% ../nbs/07_checkpoints.ipynb #da83ee99
 def _in_our_order(name: str, x: Tensor, config: LlamaConfig, back: bool = False) -> Tensor:
     "`x` with its rows in the order of our tensor `name`: outputs of q and k, biases and LoRA's second factor included."
     if name.endswith("lora_A.default.weight"): return x
@@ -187,7 +187,7 @@ def _meta_config(params: dict, weights: dict[str, Tensor], context: int) -> Llam
         num_key_value_heads=params.get("n_kv_heads") or params["n_heads"], rms_norm_eps=params["norm_eps"],
         max_position_embeddings=context, rope_theta=params.get("rope_theta", 10000.0))
 
-# %% ../nbs/07_checkpoints.ipynb #9ca21fa2
+# %% ../nbs/07_checkpoints.ipynb #30bf4773
 def load_llama(source: str | Path, dtype: torch.dtype | None = None, context: int = 512) -> nn.Module:
     """The LLaMA in `source`: Meta's folder (`params.json`, `consolidated.00.pth`), a Hugging Face folder, or a Hub id.
 
@@ -212,7 +212,7 @@ def llama_weights(llm: LlamaForCausalLM) -> dict[str, Tensor]:
     return {theirs: _in_our_order(ours, state[ours], llm.config, back=True)
             for ours, theirs in translate(state, LLAMA, back=True).items()}
 
-# %% ../nbs/07_checkpoints.ipynb #73adfdea
+# %% ../nbs/07_checkpoints.ipynb #a41e3b29
 BIND = [("image_bind_proj.*", "project.*")] + [
     (f"image_bind_{theirs}_{i + 1}.*", f"blocks.{i}.{ours}.*") for i in range(3)
     for theirs, ours in (("norm", "norm"), ("f1", "gate"), ("f3", "up"), ("f2", "down"))]
@@ -224,7 +224,7 @@ for theirs, ours in LINEAR.items():
     if theirs not in ("attention.wk", "attention.wv"):
         TUNED += [(f"layers.*.{theirs}.bias", f"model.layers.*.{ours}.base_layer.bias")]
 
-# %% ../nbs/07_checkpoints.ipynb #7629b033
+# %% ../nbs/07_checkpoints.ipynb #35d2a314
 def _adapter_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     "What of a released or a training file belongs to the adapter, under the released names."
     weights = {re.sub(r"^llma\.", "llama.", name): w for name, w in weights.items()}
@@ -246,7 +246,7 @@ def _split_adapter(weights: dict[str, Tensor]) -> tuple[dict, dict, dict]:
     return ({bind[name]: weights[name].float() for name in bind}, {"queries": queries, "gates": gate_rows},
             {name.removeprefix("llama."): weights[name] for name in rest})
 
-# %% ../nbs/07_checkpoints.ipynb #fe98985c
+# %% ../nbs/07_checkpoints.ipynb #f19fb5e0
 def _with_biases(llm: LlamaForCausalLM) -> LlamaForCausalLM:
     "The same model with a bias, 0, on every linear layer of its decoder layers."
     config, rotary = copy.deepcopy(llm.config), llm.model.rotary_emb
@@ -266,7 +266,7 @@ def _with_lora(llm: LlamaForCausalLM, rank: int) -> nn.Module:
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(llm, lora).eval()
 
-# %% ../nbs/07_checkpoints.ipynb #a31c56a0
+# %% ../nbs/07_checkpoints.ipynb #71d368e0
 def _check_base(llm: LlamaForCausalLM, tensors: dict[str, Tensor]):
     "A first-stage adapter carries its base model's norms unchanged: refuse another base model."
     state = llm.state_dict()
@@ -285,7 +285,7 @@ def _tune(llm: nn.Module, tensors: dict[str, Tensor]):
     if llm is base_model(llm): _check_base(llm, tensors)
     for ours, name in theirs.items(): state[ours].copy_(_in_our_order(ours, tensors[name], config))
 
-# %% ../nbs/07_checkpoints.ipynb #4e95704f
+# %% ../nbs/07_checkpoints.ipynb #4eefd797
 class Adapted(NamedTuple):
     "What an adapter file and a LLaMA make together."
     llm: nn.Module  # with norms, biases and LoRA from the file
@@ -308,7 +308,7 @@ def load_adapter(adapter: str | Path | dict, llama: str | Path | nn.Module,
     _tune(llm, tensors)
     return Adapted(llm, bind, injection)
 
-# %% ../nbs/07_checkpoints.ipynb #355c7cb0
+# %% ../nbs/07_checkpoints.ipynb #76722dbd
 def _make_bind(state: dict[str, Tensor]) -> BindNetwork:
     "The bind network whose shape and kind the tensors show."
     hidden, features = state["project.weight"].shape
@@ -328,7 +328,7 @@ def _make_injection(state: dict[str, Tensor], config: LlamaConfig) -> GatedInjec
         injection = GatedInjection(config.hidden_size, config.num_hidden_layers, config.num_attention_heads, layers)
     return _fill(injection, state, "adapter")
 
-# %% ../nbs/07_checkpoints.ipynb #8bd86009
+# %% ../nbs/07_checkpoints.ipynb #0028dade
 def adapter_weights(llm: nn.Module, bind: BindNetwork, injection: GatedInjection) -> dict[str, Tensor]:
     "The tensors of an adapter file under the released names: the inverse of `load_adapter`."
     state = base_model(llm).state_dict()
@@ -342,7 +342,7 @@ def adapter_weights(llm: nn.Module, bind: BindNetwork, injection: GatedInjection
     return weights | {f"llama.{theirs}": _in_our_order(ours, state[ours], llm.config, back=True)
                       for ours, theirs in tuned.items()}
 
-# %% ../nbs/07_checkpoints.ipynb #de467136
+# %% ../nbs/07_checkpoints.ipynb #8193f5e9
 def load_published(imagebind, adapter, llama, tokenizer, text_tokenizer=None, cache: str | Path | None = None,
                    dtype: torch.dtype | None = None, config: ImageBindConfig | None = None) -> ImageBindLLM:
     """`ImageBindLLM` from released files; arguments as in `load_imagebind`, `load_adapter` and `VisualCache.load`.

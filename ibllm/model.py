@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mix', 'PromptTemplate', 'BindConfig', 'CacheConfig', 'ModelConfig', 'ImageBindLLM', 'load']
 
-# %% ../nbs/06_model.ipynb #00c93f0c
+# %% ../nbs/06_model.ipynb #abe3e90b
 import json, os, re, shutil, tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -21,13 +21,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
+import ibllm
 from .bind import BindNetwork
 from .cache import VisualCache
 from .encoders import ImageBind, ImageBindConfig
 from .inputs import InputConfig, Processor
 from .llama import GatedInjection, base_model, enable_injection
 
-# %% ../nbs/06_model.ipynb #fac5d634
+# %% ../nbs/06_model.ipynb #3b9be3b6
 def mix(features: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Weighted sum of `features`, each [B, D] and normalised first: [B, D], of length at most 1 (released code).
 
@@ -42,7 +43,7 @@ def mix(features: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     total = sum(weights) + 1e-6
     return sum(w / total * F.normalize(f, dim=-1) for f, w in zip(features, weights))
 
-# %% ../nbs/06_model.ipynb #dc241b77
+# %% ../nbs/06_model.ipynb #be825587
 @dataclass
 class PromptTemplate:
     "How an instruction, perhaps with a context, becomes what the language model reads. Defaults: Alpaca's."
@@ -60,7 +61,7 @@ class PromptTemplate:
             raise ValueError(f"prompts: got {instruction!r}, wants text")
         return (self.with_context if context else self.alone).format(instruction=instruction, context=context)
 
-# %% ../nbs/06_model.ipynb #72a6ace6
+# %% ../nbs/06_model.ipynb #c8300435
 @dataclass
 class BindConfig:
     "Shape of the bind network between joint space and language model."
@@ -76,7 +77,7 @@ class CacheConfig:
     temperature: float = 20.0
     weight: float = 0.5
 
-# %% ../nbs/06_model.ipynb #fd10c7aa
+# %% ../nbs/06_model.ipynb #c404d01b
 @dataclass
 class ModelConfig:
     "Everything about an `ImageBindLLM` but weights and language model. Defaults: the published system."
@@ -91,14 +92,14 @@ class ModelConfig:
         "Nested plain dict, ready for JSON."
         return {"model_type": "ibllm", **asdict(self)}
 
-# %% ../nbs/06_model.ipynb #e20ef64a
+# %% ../nbs/06_model.ipynb #0da250be
 def _from_dict(kind: type, name: str, values: dict):
     "`kind(**values)` with a readable error for unknown keys."
     unknown = sorted(set(values) - {f.name for f in fields(kind)})
     if unknown: raise ValueError(f"{name}: got unknown keys {unknown}, wants some of {[f.name for f in fields(kind)]}")
     return kind(**values)
 
-# %% ../nbs/06_model.ipynb #e8a870ef
+# %% ../nbs/06_model.ipynb #58fcc5b3
 @patch(cls_method=True)
 def from_dict(cls: ModelConfig, values: dict) -> ModelConfig:
     "Inverse of `to_dict`; what is left out takes its default. Raises ValueError for unknown keys."
@@ -108,7 +109,7 @@ def from_dict(cls: ModelConfig, values: dict) -> ModelConfig:
     if "encoder" in values: values["encoder"] = ImageBindConfig.from_dict(values["encoder"])
     return _from_dict(cls, "config", values)
 
-# %% ../nbs/06_model.ipynb #856e3c94
+# %% ../nbs/06_model.ipynb #0740eaa3
 def _fitting_encoder(encoder: ImageBind | None, config: ModelConfig) -> ImageBind:
     "`encoder`, if it is the one that `config` describes; a new one for None."
     if encoder is None: return ImageBind(config.encoder)
@@ -128,7 +129,7 @@ def _padding_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-# %% ../nbs/06_model.ipynb #475ffcf8
+# %% ../nbs/06_model.ipynb #950fdab9
 class ImageBindLLM(nn.Module):
     """Encoders, bind network, gated injection, language model and optional cache as one model (paper §3).
 
@@ -154,12 +155,12 @@ class ImageBindLLM(nn.Module):
         self.encoder.eval()
         return self
 
-# %% ../nbs/06_model.ipynb #b4af322d
+# %% ../nbs/06_model.ipynb #8981ccab
 def _check_inputs(inputs):
     if not isinstance(inputs, dict):
         raise TypeError(f"inputs: got {type(inputs).__name__}, wants a dict of modality: source")
 
-# %% ../nbs/06_model.ipynb #859b2f47
+# %% ../nbs/06_model.ipynb #4a51d2c6
 @patch
 @torch.no_grad()
 def embed(self: ImageBindLLM, inputs: dict) -> dict[str, Tensor]:
@@ -171,7 +172,7 @@ def embed(self: ImageBindLLM, inputs: dict) -> dict[str, Tensor]:
     for modality in inputs: self.encoder.tower(modality)  # refuse all before reading any
     return {m: self.encoder.encode(m, self.processor(m, source)) for m, source in inputs.items()}
 
-# %% ../nbs/06_model.ipynb #ab37549f
+# %% ../nbs/06_model.ipynb #2d7e69ea
 RATED = ("video", "audio", "imu")  # their arrays come with a rate: (array, rate)
 
 
@@ -183,7 +184,7 @@ def _split_weight(modality: str, entry) -> tuple:
         raise ValueError(f"{modality}: got a tuple that is no (source, weight), wants such a pair, a source or a list")
     return entry
 
-# %% ../nbs/06_model.ipynb #d3dc4b13
+# %% ../nbs/06_model.ipynb #da2e6610
 @patch
 def enhance(self: ImageBindLLM, feature: Tensor, cache: dict | bool | None = None) -> Tensor:
     """`feature` [B, D] after the visual cache, or as it is if `cache` is False, or None and the model has none.
@@ -206,7 +207,7 @@ def prepare(self: ImageBindLLM, inputs: dict | None, cache: dict | bool | None =
     features = self.embed({modality: source for modality, (source, _) in entries.items()})
     return self.enhance(mix(list(features.values()), [weight for _, weight in entries.values()]), cache)
 
-# %% ../nbs/06_model.ipynb #c578cca2
+# %% ../nbs/06_model.ipynb #4b68c56e
 @patch
 def gated_values(self: ImageBindLLM, features: Tensor) -> Tensor:
     "What the language model's layers add for `features` [B, D]: [B, layers, heads, head_dim], differentiable."
@@ -224,7 +225,7 @@ def forward(self: ImageBindLLM, input_ids: Tensor, features: Tensor | None = Non
     values = None if features is None else self.gated_values(features)
     return self.llm(input_ids=input_ids, gated_values=values, **options)
 
-# %% ../nbs/06_model.ipynb #34ba3e09
+# %% ../nbs/06_model.ipynb #c3655cb0
 @patch
 def tokenize(self: ImageBindLLM, prompts: list) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, int64 [B, T], of prompts in the model's template, padded on the left.
@@ -241,7 +242,7 @@ def tokenize(self: ImageBindLLM, prompts: list) -> dict[str, Tensor]:
     batch = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
     return batch.to(self.llm.get_input_embeddings().weight.device)
 
-# %% ../nbs/06_model.ipynb #d89e2ecb
+# %% ../nbs/06_model.ipynb #4da4b5f1
 @patch
 def _request(self: ImageBindLLM, features: Tensor | None, prompts, options: dict) -> dict:
     "Arguments of the language model's `generate` for features [B, D] and prompts, both repeated to one length."
@@ -259,7 +260,7 @@ def _request(self: ImageBindLLM, features: Tensor | None, prompts, options: dict
         options = options | {"max_new_tokens": min(wanted, room)}
     return {**batch, "gated_values": values, **options}
 
-# %% ../nbs/06_model.ipynb #f11e95ff
+# %% ../nbs/06_model.ipynb #7d76c251
 @patch
 @torch.no_grad()
 def answer(self: ImageBindLLM, features: Tensor | None, prompts, **options) -> list[str]:
@@ -282,7 +283,7 @@ def generate(self: ImageBindLLM, inputs: dict | None, prompts, cache: dict | boo
     the language model answers alone. `cache` as in `enhance`; `options` go to Hugging Face's `generate`."""
     return self.answer(self.prepare(inputs, cache), prompts, **options)
 
-# %% ../nbs/06_model.ipynb #a0e42a0f
+# %% ../nbs/06_model.ipynb #c3dad3a6
 def _pieces(llm: nn.Module, streamer: TextIteratorStreamer, request: dict) -> Iterator[str]:
     "Run `llm.generate(**request)` in a thread and yield what arrives at `streamer`."
     abandoned, errors = Event(), []
@@ -303,7 +304,7 @@ def _pieces(llm: nn.Module, streamer: TextIteratorStreamer, request: dict) -> It
         thread.join()
     if errors: raise errors[0]
 
-# %% ../nbs/06_model.ipynb #0301ee24
+# %% ../nbs/06_model.ipynb #cfdb704a
 @patch
 def stream(self: ImageBindLLM, inputs: dict | None, prompt, cache: dict | bool | None = None,
            **options) -> Iterator[str]:
@@ -315,7 +316,7 @@ def stream(self: ImageBindLLM, inputs: dict | None, prompt, cache: dict | bool |
     streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
     return _pieces(base_model(self.llm), streamer, request)
 
-# %% ../nbs/06_model.ipynb #dda48187
+# %% ../nbs/06_model.ipynb #4fcffd64
 def _bare_weights(llm: nn.Module) -> dict[str, Tensor]:
     "State dict of the Hugging Face model inside `llm`, under its own names and without what PEFT added."
     if any(getattr(module, "merged", False) for module in llm.modules()):
@@ -334,7 +335,7 @@ def _save_llm(llm: nn.Module, folder: Path):
     adapter = folder / "lora" / "adapter_config.json"
     adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": None}, indent=2))
 
-# %% ../nbs/06_model.ipynb #e87e317f
+# %% ../nbs/06_model.ipynb #23dcace5
 PARTS = ("model.safetensors", "llm", "lora", "tokenizer", "text_tokenizer", "cache.index", "cache.index.json",
          "config.json")
 
@@ -346,7 +347,7 @@ def _move_parts(source: Path, folder: Path):
         if new.exists(): os.replace(new, old)
         else: old.unlink(missing_ok=True)
 
-# %% ../nbs/06_model.ipynb #528428b9
+# %% ../nbs/06_model.ipynb #027b5592
 @patch
 def save_pretrained(self: ImageBindLLM, folder: str | Path):
     "Write the model to `folder`, for `load` to read. Raises ValueError if LoRA is merged into the language model."
@@ -363,7 +364,7 @@ def save_pretrained(self: ImageBindLLM, folder: str | Path):
         (new / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
         _move_parts(new, folder)
 
-# %% ../nbs/06_model.ipynb #b697588d
+# %% ../nbs/06_model.ipynb #6b92ad22
 def _read_config(folder: Path) -> ModelConfig:
     "The configuration in `folder`, or one line saying that this is no saved model."
     try: values = json.loads((folder / "config.json").read_text())
@@ -384,7 +385,7 @@ def _load_weights(model: ImageBindLLM, path: Path, device: str):
     for part in (model.encoder, model.bind, model.injection): part.to_empty(device=device)
     model.load_state_dict(weights, strict=False)
 
-# %% ../nbs/06_model.ipynb #0221e653
+# %% ../nbs/06_model.ipynb #6bc4966f
 @patch(cls_method=True)
 def from_pretrained(cls: ImageBindLLM, folder: str | Path, device: str = "cpu", **llm_options) -> ImageBindLLM:
     """The model saved in `folder`, in evaluation mode on `device`.
@@ -405,14 +406,14 @@ def from_pretrained(cls: ImageBindLLM, folder: str | Path, device: str = "cpu", 
     _load_weights(model, folder / "model.safetensors", device)
     return model
 
-# %% ../nbs/06_model.ipynb #592d1230
+# %% ../nbs/06_model.ipynb #8de4c5ca
 def _shipped(name: str) -> Path | None:
     "Folder of shipped weights: inside the installed package, or beside it in a checkout."
-    package = Path(__file__).parent
+    package = Path(ibllm.__file__).parent
     folders = [home / "data" / name for home in (package, package.parent)]
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
-# %% ../nbs/06_model.ipynb #e74176dc
+# %% ../nbs/06_model.ipynb #bd8a91a1
 def load(name: str | Path, **options) -> ImageBindLLM:
     """A model by name: `"toyland"`, a folder written by `save_pretrained`, or a Hub id such as `"someone/model"`.
 
