@@ -19,7 +19,11 @@ reproduce: .venv/.done
 	    --ExecutePreprocessor.store_widget_state=False $$notebook || exit 1; \
 	done
 	$(BIN)/nbdev-clean
+	$(BIN)/jupyter nbconvert --to notebook --inplace --execute nbs/index.ipynb
+	$(BIN)/nbdev-clean
+	$(MAKE) readme
 	$(BIN)/python -m json.tool --no-ensure-ascii data/results/answers.json
+	@echo 'The bell above was seen, heard and felt. Next: make lab opens the walkthrough; figures/ and data/results/ hold what it measured.'
 
 test: .venv/.done
 	$(BIN)/python -m pytest tests nbs --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
@@ -32,7 +36,7 @@ lab: .venv/.done
 	$(BIN)/jupyter lab $(firstword $(WALKTHROUGH))
 
 readme: .venv/.done
-	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | \
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --no-input --stdout nbs/index.ipynb | \
 	  sed -e 's#](\.\./#](#g' -e 's#="\.\./#="#g' -e '/./,$$!d' > $(README)
 
 .venv/.done: settings.ini setup.py constraints.txt

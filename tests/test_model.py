@@ -133,8 +133,13 @@ def test_batches_equal_single_requests(cached):
 def test_text_only_is_the_plain_language_model(model):
     ids = model.tokenize(["what is this ?"])
     plain = model.tokenizer.batch_decode(model.llm.generate(**ids)[:, 5:], skip_special_tokens=True)
-    assert plain == model.generate({}, "what is this ?") == model.generate(None, "what is this ?")
-    assert plain == model.answer(None, "what is this ?") != model.answer(features(1), "what is this ?")
+    assert plain == model.generate(None, "what is this ?") == model.answer(None, "what is this ?")
+    assert plain != model.answer(features(1), "what is this ?")
+
+
+def test_words_alone_inject_the_zero_feature(model):
+    zero = torch.zeros(1, model.config.encoder.feature_dim)
+    assert model.generate({}, "what is this ?") == model.answer(zero, "what is this ?")
 
 
 def test_input_changes_the_answer(model):
