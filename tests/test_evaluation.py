@@ -1,0 +1,201 @@
+"Scores against hand-made features and against SciPy; results files that are whole or not there."
+import json
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch.nn import functional as F
+
+from ibllm.evaluation import (
+    answer_accuracy, caption_accuracy, every_thing, load_results, mcnemar, modality_gap, neighbour_vote, project_folder,
+    recall_at, save_results, score_captions, summary, text_prototypes, wilson, zero_shot)
+from ibllm.world import ATTRIBUTES, describe, draw_things, read_attributes
+
+
+def one_hot(things):
+    "Features that list the attributes: alike things have alike features."
+    columns = [F.one_hot(getattr(things, name), len(words)) for name, words in ATTRIBUTES.items()]
+    return F.normalize(torch.cat(columns, 1).float(), dim=1)
+
+
+# Captions and answers
+
+class Model:
+    "Answers with the position that its feature holds; remembers how it was asked."
+    class config:
+        class encoder: feature_dim = 7
+
+    def __init__(self, replies): self.replies, self.batches = replies, []
+    def enhance(self, features, cache): return features + 1 if cache else features
+
+    def answer(self, features, questions, **options):
+        self.batches.append((tuple(features.shape), options))
+        return [self.replies[int(i)] for i in features[:, 0]]
+
+
+def test_captions_are_scored_attribute_by_attribute():
+    things = draw_things(3, seed=0)
+    words = [things.words(i) for i in range(3)]
+    right = score_captions(["{colour}".format(**words[0]), "it is {size} and {motion}".format(**words[1]), ""], things)
+    assert {a: hits.tolist() for a, hits in right.items()} == dict(
+        kind=[False] * 3, colour=[True, False, False], size=[False, True, False], motion=[False, True, False])
+
+
+def test_caption_accuracy_asks_in_batches_and_with_the_cache():
+    things = draw_things(700, seed=0)
+    captions = describe(things, seed=0)
+    features = torch.arange(700.)[:, None]
+    model = Model(captions + ["nothing"])
+    assert all(hits.all() for hits in caption_accuracy(model, features, things).values())
+    assert model.batches == [((500, 1), {"do_sample": False}), ((200, 1), {"do_sample": False})]
+    shifted = caption_accuracy(model, features, things, cache=True)
+    assert shifted["kind"].float().mean() < .2 and not shifted["kind"][-1]
+
+
+def test_answer_accuracy_counts_exact_answers_per_topic():
+    exercises = [dict(about=about, question="?", answer=right) for about, right in
+                 (("size", "big"), ("kind", "a bell"), ("size", "small"), ("kind", "a ball"))]
+    model = Model(["big", "a bell", "big", "a ball ."])
+    assert answer_accuracy(model, exercises, torch.arange(4.)[:, None]) == dict(kind=.5, size=.5)
+    assert answer_accuracy(model, exercises) == dict(kind=0, size=.5), "a zero feature each"
+    assert model.batches[-1][0] == (4, 7)
+
+
+# How sure
+
+@pytest.mark.parametrize("hits, n", [(0, 7), (1, 1), (5, 10), (837, 900), (900, 900)])
+def test_wilson_is_scipys(hits, n):
+    expected = stats.binomtest(hits, n).proportion_ci(method="wilson")
+    assert wilson(hits / n, n, z=stats.norm.ppf(.975)) == pytest.approx(tuple(expected), abs=1e-12)
+
+
+def test_wilson_is_the_textbooks():
+    assert [round(x, 4) for x in wilson(.5, 10)] == [.2366, .7634]
+
+
+@pytest.mark.parametrize("fixed, broken", [(0, 0), (1, 0), (12, 3), (20, 20), (0, 40), (700, 640)])
+def test_mcnemar_is_scipys_binomial_test(fixed, broken):
+    before = torch.tensor([False] * fixed + [True] * broken + [True, False])
+    after = torch.tensor([True] * fixed + [False] * broken + [True, False])
+    result = mcnemar(before, after)
+    expected = stats.binomtest(fixed, fixed + broken).pvalue if fixed + broken else 1
+    assert (result["fixed"], result["broken"]) == (fixed, broken)
+    assert result["p"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_summary_is_mean_and_sample_deviation():
+    assert summary([.9, .92, .97]) == dict(mean=.93, spread=round(math.sqrt(.0026 / 2), 4), seeds=[.9, .92, .97])
+    assert summary([.123456]) == dict(mean=.1235, spread=0.0, seeds=[.1235])
+
+
+# Ceilings
+
+def test_every_thing_is_there_once():
+    things = every_thing()
+    assert len({tuple(things.words(i).values()) for i in range(len(things))}) == len(things) == 768
+
+
+def test_neighbours_vote():
+    memory = F.normalize(torch.tensor([[1., 0], [1, .1], [1, .2], [0, 1], [.1, 1]]), dim=1)
+    labels = torch.tensor([4, 2, 2, 7, 7])
+    query = torch.tensor([[1., 0], [0, 1]])
+    assert neighbour_vote(query, memory, labels, k=1).tolist() == [4, 7]
+    assert neighbour_vote(query, memory, labels, k=3).tolist() == [2, 7]
+    assert neighbour_vote(query[:1], memory, labels, k=2).tolist() == [2], "of 4 and 2, once each, the lower"
+
+
+def test_zero_shot_finds_the_nearest_text_even_in_noise():
+    everything, things = every_thing(), draw_things(100, seed=1)
+    noisy = one_hot(things) + .02 * torch.randn(100, 26, generator=torch.Generator().manual_seed(0))
+    guess = zero_shot(noisy, one_hot(everything), everything)
+    assert all(torch.equal(guess[name], getattr(things, name)) for name in ATTRIBUTES)
+
+
+def test_text_prototypes_are_unit_and_mean_over_phrasings():
+    def embed(captions):
+        length = torch.tensor([[float(len(c))] for c in captions])
+        return torch.cat([torch.tensor([list(read_attributes(c).values()) for c in captions]) + 1., length], 1)
+
+    prototypes = text_prototypes(embed)
+    assert prototypes.shape == (768, 5)
+    assert torch.allclose(prototypes.norm(dim=1), torch.ones(768), atol=1e-6)
+    things = every_thing()
+    ratio = prototypes[:, 0] / prototypes[:, 1]
+    assert torch.allclose(ratio, (things.kind + 1) / (things.colour + 1), rtol=1e-5), "attributes survive the mean"
+
+
+# The gap
+
+def test_gap_of_two_known_clouds():
+    a, b = torch.eye(4)[:2], torch.eye(4)[2:]
+    assert modality_gap(a, b) == pytest.approx(dict(centroid=1, pair=0, other=0), abs=1e-6)
+    assert modality_gap(a, a) == pytest.approx(dict(centroid=0, pair=1, other=0), abs=1e-6)
+
+
+def test_recall_counts_matches_and_no_ties():
+    g = torch.Generator().manual_seed(0)
+    a = F.normalize(torch.randn(300, 16, generator=g), dim=1)
+    assert recall_at(a, a) == 1 and recall_at(a, a.flip(0)) == 0
+    ranks = (a @ a.roll(1, 0).T).argsort(1, descending=True)
+    expected = (ranks[:, :5] == torch.arange(300)[:, None]).any(1).float().mean()
+    assert recall_at(a, a.roll(1, 0), k=5) == pytest.approx(expected.item())
+    collapsed = a[:1].expand(300, -1)
+    assert recall_at(collapsed, collapsed, k=10) == 0, "features that are all the same find nothing"
+
+
+# Results files
+
+def test_results_come_back_with_versions_and_seconds(tmp_path):
+    path = save_results("one", dict(accuracy=.5), 12.345, tmp_path / "results")
+    assert path == tmp_path / "results" / "one.json" and [path] == list(path.parent.iterdir())
+    loaded = load_results("one", path.parent)
+    assert loaded["accuracy"] == .5 and loaded["seconds"] == 12.3
+    assert set(loaded["versions"]) == {"torch", "transformers", "peft", "faiss-cpu", "python"}
+
+
+@pytest.mark.parametrize("values", [dict(a=math.nan), dict(a=torch.ones(1))])
+def test_results_that_cannot_be_written_leave_the_old_file(values, tmp_path):
+    path = save_results("one", dict(a=1), 0, tmp_path)
+    with pytest.raises((ValueError, TypeError)): save_results("one", values, 0, tmp_path)
+    assert json.loads(path.read_text())["a"] == 1 and [path] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a": 1', "\x00"])
+def test_a_broken_results_file_is_named(text, tmp_path):
+    (tmp_path / "one.json").write_text(text)
+    with pytest.raises(ValueError, match="results one.json: not JSON") as error: load_results("one", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_results_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="results one.json: no such file"): load_results("one", tmp_path)
+
+
+def test_the_project_folder_is_found_from_anywhere_inside(monkeypatch, tmp_path):
+    inside = tmp_path / "nbs" / "walkthrough"
+    for folder in (inside, tmp_path / "data"): folder.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    assert project_folder().samefile(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert project_folder().samefile(tmp_path)
+    (tmp_path / "data").rmdir()
+    with pytest.raises(FileNotFoundError, match="not inside a checkout"): project_folder()
+
+
+# Bad input
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: score_captions(["a"], draw_things(2, 0)), "captions: got 1, wants 2, one per thing"),
+    (lambda: wilson(1.1, 5), "accuracy: got 1.1, wants a share from 0 to 1"),
+    (lambda: wilson(math.nan, 5), "accuracy: got nan"),
+    (lambda: wilson(.5, 0), "n: got 0, wants 1 or more"),
+    (lambda: summary([]), "values: got none"),
+    (lambda: mcnemar(torch.ones(3).bool(), torch.ones(4).bool()), "after: got 4 answers, wants 3"),
+    (lambda: neighbour_vote(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(3), k=4), "k: got 4, wants 1 to 3"),
+    (lambda: modality_gap(torch.ones(3, 2), torch.ones(4, 2)), "b: got [4, 2] for [3, 2]"),
+    (lambda: recall_at(torch.ones(1, 2), torch.ones(1, 2)), "wants two or more rows"),
+])
+def test_bad_input_is_explained_in_one_line(call, message):
+    with pytest.raises(ValueError) as error: call()
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,120 @@
+"Figures: the same data gives the same bytes, and what is drawn is what the results say."
+import matplotlib.pyplot as plt
+import pytest
+from matplotlib.colors import to_hex
+
+from ibllm.figures import (
+    ROW_COLOURS, SENSE_COLOURS, STYLE, draw_accuracy, draw_gates, save_figure, show_answers, show_things, style)
+from ibllm.world import ATTRIBUTES, CARRIES, SENSORS, draw_things, record
+
+
+@pytest.fixture(autouse=True)
+def clean_style():
+    with plt.rc_context():
+        style()
+        yield
+
+
+@pytest.fixture(scope="module")
+def things(): return draw_things(2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def recording(things): return record(things, seed=3)
+
+
+def results(rows=tuple(ROW_COLOURS), part="seen"):
+    "A results file of the walkthrough in which every number is another one."
+    def number(*where): return sum(map(ord, "".join(where))) % 97 / 100
+    def summary(*where): return dict(mean=number(*where), seeds=[number(*where) - .01, number(*where) + .01])
+    by = {sense: {row: {a: summary(sense, row, a) for a in ATTRIBUTES} for row in rows} for sense in SENSORS}
+    for sense in SENSORS: by[sense]["neighbour_vote"] = {a: number(sense, "vote", a) for a in ATTRIBUTES}
+    return {f"n_{part}": 250, "seeds": [0, 1, 2], "senses": {sense: {part: by[sense]} for sense in SENSORS}}
+
+
+def test_every_sense_has_a_colour_of_its_own():
+    assert tuple(SENSE_COLOURS) == SENSORS == tuple(CARRIES)
+    assert len(set(SENSE_COLOURS.values())) == 8
+    assert plt.rcParams["pdf.fonttype"] == STYLE["pdf.fonttype"] == 42
+
+
+# The same bytes
+
+@pytest.mark.parametrize("draw", [
+    lambda things, recording: show_things(things, recording, ["one", "two"]),
+    lambda things, recording: show_answers(recording, {sense: ["an answer"] for sense in recording}),
+    lambda things, recording: draw_accuracy(results()),
+    lambda things, recording: draw_gates([[.1, -.2], [0, .3]], "gates"),
+], ids=["things", "answers", "accuracy", "gates"])
+def test_a_figure_drawn_again_is_the_same_file(draw, things, recording, tmp_path):
+    pictures = [save_figure(draw(things, recording), "figure", tmp_path / name) for name in ("first", "second")]
+    for ending in (".png", ".pdf"):
+        first, second = (picture.with_suffix(ending).read_bytes() for picture in pictures)
+        assert first == second and len(first) > 1000
+    assert len(list((tmp_path / "first").iterdir())) == 2, "nothing else is left"
+
+
+# What is drawn
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_bars_dots_and_lines_are_the_results(attribute):
+    given = results()
+    [axes] = draw_accuracy(given, attribute).axes
+    drawn = [round(bar.get_height(), 6) for bar in axes.patches]
+    wanted = [by["seen"][row][attribute]["mean"] for by in given["senses"].values() for row in ROW_COLOURS]
+    assert drawn == pytest.approx(wanted)
+    assert [to_hex(bar.get_facecolor()).upper() for bar in axes.patches[:4]] == list(ROW_COLOURS.values())
+    *lines, chance = [tuple(line.get_ydata()) for line in axes.lines]
+    seeds = [tuple(by["seen"][row][attribute]["seeds"]) for by in given["senses"].values() for row in ROW_COLOURS]
+    votes = [(by["seen"]["neighbour_vote"][attribute],) * 2 for by in given["senses"].values()]
+    assert sorted(lines) == sorted(seeds + votes)
+    assert chance == (1 / len(ATTRIBUTES[attribute]),) * 2
+
+
+def test_bars_stand_side_by_side_within_their_sense():
+    for rows in (("raw",), ("raw", "cache"), tuple(ROW_COLOURS)):
+        [axes] = draw_accuracy(results(rows)).axes
+        centres = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
+        assert len(set(round(c, 3) for c in centres)) == 8 * len(rows)
+        for i in range(8): assert sum(centres[i * len(rows):(i + 1) * len(rows)]) / len(rows) == pytest.approx(i)
+
+
+def test_senses_that_do_not_carry_the_attribute_stand_in_brackets():
+    [axes] = draw_accuracy(results(), "colour").axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "image", "video", "text", "(audio)", "(point)", "(depth)", "(thermal)", "(imu)"]
+
+
+def test_the_unseen_part_has_its_own_count_and_only_the_rows_it_has():
+    figure = draw_accuracy(results(("raw", "cache"), "unseen"), part="unseen")
+    assert figure.axes[0].get_title("left") == "250 captions per sense, 3 seeds (dots)"
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(labels) == ["cache", "chance", "neighbour vote (ceiling)", "raw"]
+
+
+def test_contact_sheet_has_a_column_per_thing_and_a_row_per_sense(things, recording):
+    axes = show_things(things, recording, ["first", "second"]).axes
+    assert len(axes) == 16
+    assert [a.get_ylabel() for a in axes[::2]] == list(SENSORS)
+    assert [a.get_xlabel() for a in axes[-2:]] == ["first", "second"]
+    words = axes[4].texts[0].get_text()
+    assert words.replace("\n", " ") == recording["text"][0].replace(" ,", ",")
+
+
+@pytest.mark.parametrize("senses, places", [(SENSORS, 8), (("image",), 4), (SENSORS[:5], 8)])
+def test_answers_stand_below_their_sense(senses, places, recording):
+    figure = show_answers({s: recording[s] for s in senses}, {s: [f"{s} one", "two"] for s in senses})
+    assert len(figure.axes) == places and sum(a.axison for a in figure.axes) == len(senses)
+    assert [a.get_xlabel() for a in figure.axes[:len(senses)]] == [f"{s} one\ntwo" for s in senses]
+
+
+def test_gates_are_white_at_zero():
+    for gates in ([[.1, -.4, 0]], [[0., 0.]]):
+        image = draw_gates(gates).axes[0].images[0]
+        assert -image.norm.vmin == image.norm.vmax == (max(abs(g) for g in gates[0]) or 1)
+        assert image.get_array().tolist() == gates
+
+
+def test_an_unknown_attribute_is_explained_in_one_line():
+    with pytest.raises(ValueError, match="attribute: got 'smell', wants one of kind, colour, size, motion"):
+        draw_accuracy(results(), "smell")
