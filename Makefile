@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 
 reproduce: .venv/.done
 	for notebook in $(WALKTHROUGH); do \
-	  IBLLM_QUICK=0 $(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.timeout=-1 \
+	  IBLLM_QUICK=0 OMP_NUM_THREADS=2 $(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.timeout=-1 \
 	    --ExecutePreprocessor.store_widget_state=False $$notebook || exit 1; \
 	done
 	$(BIN)/nbdev-clean

@@ -8,8 +8,9 @@ from torch import nn
 
 from ibllm.encoders import ImageBind
 from ibllm.training import (IGNORE, TOYLAND_PROMPT, Batches, Binding, Columns, NextToken, Recipe, Run, count_trainable,
-                            fit, info_nce, learning_rate, make_optimizers, prepare_stage_one, prepare_stage_two, start_like,
-                            tokenize_pairs, toyland_imagebind, toyland_llm, toyland_model, toyland_text, train_tokenizer)
+                            fit, info_nce, learning_rate, make_optimizers, prepare_stage_one, prepare_stage_two,
+                            start_like, tokenize_pairs, toyland_imagebind, toyland_llm, toyland_model, toyland_text,
+                            train_tokenizer)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/training_tiny/recipe.json").read_text())
 
@@ -22,7 +23,8 @@ def tokenizer():
 @pytest.mark.parametrize("case", GOLDEN["lr_schedule"], ids=lambda case: case["name"])
 def test_learning_rate_equals_the_released_schedule(case):
     for epoch, lr, _ in case["fractional_epoch__lr__lr_of_a_group_with_lr_scale_0.1"]:
-        assert learning_rate(epoch, case["epochs"], case["warmup_epochs"], case["peak_lr"]) == pytest.approx(lr, abs=1e-18, rel=1e-9)
+        assert learning_rate(
+            epoch, case["epochs"], case["warmup_epochs"], case["peak_lr"]) == pytest.approx(lr, abs=1e-18, rel=1e-9)
 
 
 def test_every_epoch_holds_every_example_once():
@@ -92,12 +94,14 @@ def test_resumed_run_is_bit_equal_to_an_unbroken_one(tmp_path, stop):
 def test_a_changed_recipe_does_not_continue_an_old_run(tmp_path):
     fit(Wrapped(), curve_data(), RECIPE, "first", tmp_path / "run.pt")
     changed = Recipe(**{**RECIPE.__dict__, "lr": .02})
-    with pytest.raises(ValueError, match="run.pt: was made with other settings"): fit(Wrapped(), curve_data(), changed, "second", tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="run.pt: was made with other settings"):
+        fit(Wrapped(), curve_data(), changed, "second", tmp_path / "run.pt")
 
 
 def test_nothing_is_unpickled_from_a_checkpoint(tmp_path):
     torch.save(dict(key="x", evil=Path("x")), tmp_path / "run.pt")
-    with pytest.raises(Exception, match="[Ww]eights.only"): fit(Wrapped(), curve_data(), RECIPE, "hostile", tmp_path / "run.pt")
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        fit(Wrapped(), curve_data(), RECIPE, "hostile", tmp_path / "run.pt")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
@@ -127,7 +131,8 @@ def test_labels_mask_the_prompt_and_the_padding(tokenizer):
     for ids, labels, answer in zip(pairs["ids"], pairs["labels"], [" a ball", " a very red bell"]):
         assert tokenizer.decode(labels[labels != IGNORE]) == answer + "</s>"
         assert (ids[labels != IGNORE] == labels[labels != IGNORE]).all()
-    with pytest.raises(ValueError, match="answers: got 1, wants as many as prompts, 2"): tokenize_pairs(tokenizer, ["a", "b"], ["c"])
+    with pytest.raises(ValueError, match="answers: got 1, wants as many as prompts, 2"):
+        tokenize_pairs(tokenizer, ["a", "b"], ["c"])
 
 
 def test_the_end_token_has_the_largest_id_and_padding_is_zero(tokenizer):
@@ -165,7 +170,7 @@ def test_stage_two_moves_lora_biases_and_norms_only(model, tokenizer):
 def test_what_stage_two_learned_survives_saving(model, tokenizer, tmp_path):
     objective = prepare_stage_two(model.llm, model.bind, model.injection)
     model.llm = objective.llm
-    for name, p in objective.named_parameters():
+    for p in objective.parameters():
         if p.requires_grad: nn.init.normal_(p, std=.3)
     nn.init.normal_(model.injection.gates)
     model.save_pretrained(tmp_path / "model")
@@ -177,7 +182,8 @@ def test_what_stage_two_learned_survives_saving(model, tokenizer, tmp_path):
 
 def test_a_zero_gate_keeps_the_language_model_bit_for_bit(model):
     ids = model.tokenize(["what is it ?"])["input_ids"]
-    with torch.no_grad(): assert torch.equal(model(ids, features=torch.randn(1, 128)).logits, model.llm(input_ids=ids).logits)
+    with torch.no_grad():
+        assert torch.equal(model(ids, features=torch.randn(1, 128)).logits, model.llm(input_ids=ids).logits)
 
 
 def test_a_tower_can_start_like_another(tokenizer):
@@ -191,8 +197,10 @@ def test_a_tower_can_start_like_another(tokenizer):
 
 def test_binding_learns_on_a_handful_of_pairs(tokenizer):
     torch.manual_seed(0)
-    tower, anchor = ImageBind(toyland_imagebind(len(tokenizer))).towers["imu"], nn.functional.normalize(torch.randn(32, 128), dim=1)
-    losses = fit(Binding(tower), Columns(x=torch.randn(32, 6, 64), anchor=anchor), Recipe(steps=25, batch_size=32, lr=2e-3, warmup=3), "a handful")
+    tower, anchor = ImageBind(toyland_imagebind(len(tokenizer))).towers["imu"], nn.functional.normalize(
+        torch.randn(32, 128), dim=1)
+    losses = fit(Binding(tower), Columns(x=torch.randn(32, 6, 64), anchor=anchor),
+                 Recipe(steps=25, batch_size=32, lr=2e-3, warmup=3), "a handful")
     assert losses[-1] < .5 * losses[0]
 
 
@@ -205,4 +213,5 @@ def test_a_run_saves_only_what_learns(model, tmp_path):
     run = Run(objective, Columns(ids=torch.zeros(4, 3)), Recipe(steps=1, batch_size=2), tmp_path / "run.pt")
     run.save()
     weights = torch.load(tmp_path / "run.pt", weights_only=True)["weights"]
-    assert not any(name.startswith("llm.") and name.endswith("weight") for name in weights) and isinstance(objective, NextToken)
+    assert not any(name.startswith("llm.") and name.endswith("weight") for name in weights)
+    assert isinstance(objective, NextToken)

@@ -1,0 +1,83 @@
+"The shipped Toyland weights: what the configuration says, and as good as the shipped results say."
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import ibllm
+from ibllm.evaluation import answer_accuracy, caption_accuracy
+from ibllm.training import TOYLAND_INPUTS, TOYLAND_PROMPT, extract_features, read_recording, toyland_imagebind
+from ibllm.world import CARRIES, ask_in_words, draw_things, record, split_things
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "data" / "toyland"
+RESULTS = json.loads((ROOT / "data" / "results" / "senses.json").read_text())
+SAMPLES = {s: ROOT / "data" / "samples" / f"bell_{s}.{end}" for s, end in dict(
+    image="png", video="mp4", text="txt", audio="wav", point="ply", depth="png", thermal="png", imu="csv").items()}
+
+
+@pytest.fixture(scope="module")
+def model(): return ibllm.load("toyland")
+
+
+def test_weights_are_small_and_safe():
+    files = [f for f in FOLDER.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 20e6
+    assert not {f.suffix for f in files} & {".pt", ".pth", ".bin", ".pkl"}
+
+
+def test_the_configuration_is_the_training_notebooks(model):
+    assert model.config.encoder == toyland_imagebind(len(model.tokenizer))
+    assert model.config.inputs == TOYLAND_INPUTS and model.config.template.alone == TOYLAND_PROMPT
+    assert len(model.cache) == RESULTS["memory"]
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    things, seed = split_things("test", size=250)
+    return things, record(things, seed)
+
+
+@pytest.mark.parametrize("sense", CARRIES)
+def test_each_sense_reaches_its_shipped_accuracy(model, recorded, sense):
+    things, recording = recorded
+    features = extract_features(model.encoder, sense, read_recording(model.processor, sense, recording[sense]))
+    hits = caption_accuracy(model, features, things, cache=True)
+    for attribute in CARRIES[sense]:
+        shipped = RESULTS["senses"][sense]["seen"]["cache"][attribute]["seeds"][0]
+        error = math.sqrt(max(shipped * (1 - shipped), .01) * (1 / len(things) + 1 / RESULTS["n_seen"]))
+        assert abs(hits[attribute].float().mean().item() - shipped) < 3.5 * error, attribute
+
+
+def test_words_alone_reach_their_shipped_accuracy(model):
+    exercises = ask_in_words(draw_things(300, seed=97, pictured=None), seed=97)
+    for topic, accuracy in answer_accuracy(model, exercises).items():
+        assert accuracy > RESULTS["text_only"][topic]["seeds"][0] - .1, topic
+
+
+def test_every_sample_file_gets_the_recorded_answer(model):
+    recorded = json.loads((ROOT / "data" / "results" / "answers.json").read_text())
+    for sense, file in SAMPLES.items():
+        assert model.generate({sense: file}, "describe it .", do_sample=False) == [recorded[sense]["on"]]
+        assert model.generate({sense: file}, "describe it .", cache=False, do_sample=False) == [recorded[sense]["off"]]
+
+
+def test_a_closed_gate_is_the_plain_language_model(model):
+    ids, feature = model.tokenize(["what is it ?"])["input_ids"], torch.nn.functional.normalize(
+        torch.randn(1, 128), dim=1)
+    gates = model.injection.gates.data.clone()
+    with torch.no_grad():
+        plain = model.llm(input_ids=ids).logits
+        assert not torch.equal(model(ids, features=feature).logits, plain)
+        model.injection.gates.data.zero_()
+        assert torch.equal(model(ids, features=feature).logits, plain)
+        model.injection.gates.data.copy_(gates)
+
+
+@pytest.mark.parametrize("claim, floor", dict(
+    image=.93, audio=.93, imu=.90, point=.95, depth=.80, thermal=.80, video=.75).items())
+def test_the_published_table_reaches_its_target(claim, floor):
+    assert RESULTS["n_seen"] >= 900 and len(RESULTS["seeds"]) >= 3
+    assert RESULTS["senses"][claim]["seen"]["cache"]["kind"]["mean"] >= floor
