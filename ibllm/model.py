@@ -204,7 +204,7 @@ def enhance(self: ImageBindLLM, feature: Tensor, cache: dict | bool | None = Non
 def prepare(self: ImageBindLLM, inputs: dict | None, cache: dict | bool | None = None) -> Tensor | None:
     """The feature [B, D] to inject for `inputs` (modality → source, list, or (source, weight)).
 
-    {} gives the zero feature that text-only instructions were tuned with (paper §4.1); None gives None: no injection at all."""
+    {} gives the zero feature that text-only instructions were tuned with (paper §4.1); None injects nothing."""
     if inputs is None: return None
     if inputs == {}: return torch.zeros(1, self.config.encoder.feature_dim)
     _check_inputs(inputs)
@@ -285,7 +285,8 @@ def generate(self: ImageBindLLM, inputs: dict | None, prompts, cache: dict | boo
     """Texts for `inputs` and `prompts`: `prepare`, then `answer`.
 
     `inputs` maps a modality to a source, a list of sources, or (source, weight); several modalities are mixed; {} is
-    a request in words alone (the zero feature), None the language model without any injection. `cache` as in `enhance`; `options` go to Hugging Face's `generate`."""
+    a request in words alone (the zero feature), None the language model without any injection. `cache` as in `enhance`;
+    `options` go to Hugging Face's `generate`."""
     return self.answer(self.prepare(inputs, cache), prompts, **options)
 
 # %% ../nbs/06_model.ipynb #0cf5688a

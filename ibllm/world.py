@@ -460,8 +460,9 @@ def ask(things: Things, seed: int, about: tuple[str, ...] = tuple(QUESTIONS)) ->
 
 # %% ../nbs/00_world.ipynb #7dc3471d
 def ask_in_words(things: Things, seed: int, about: tuple[str, ...] = tuple(QUESTIONS)[:-1]) -> list[dict]:
-    """One text-only exercise per thing, drawn from the topics `about` (default: all but captions). Half of those on place and
-    purpose ask for knowledge alone, all others follow a caption. Dicts as `ask` gives."""
+    """One text-only exercise per thing, drawn from the topics `about` (default: all but captions).
+
+    Half of those on place and purpose ask for knowledge alone, all others follow a caption. Dicts as `ask` gives."""
     captions, exercises = describe(things, seed + 1), ask(things, seed, about)
     for i, e in enumerate(exercises):
         kind = things.words(i)["kind"]

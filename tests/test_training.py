@@ -63,12 +63,12 @@ class Wrapped(nn.Module):
 
 
 class Breaks(Columns):
-    "Raises Ctrl-C when batch number `at` is fetched."
+    "Raises Ctrl-C when batch number `at` is fetched (the first look is the run's key)."
     at, count = 0, 0
 
     def __getitems__(self, indices):
         self.count += 1
-        if self.count == self.at: raise KeyboardInterrupt
+        if self.count == self.at + 1: raise KeyboardInterrupt
         return super().__getitems__(indices)
 
 
@@ -96,6 +96,17 @@ def test_a_changed_recipe_does_not_continue_an_old_run(tmp_path):
     changed = Recipe(**{**RECIPE.__dict__, "lr": .02})
     with pytest.raises(ValueError, match="run.pt: was made with other settings"):
         fit(Wrapped(), curve_data(), changed, "second", tmp_path / "run.pt")
+
+
+def test_other_data_or_another_start_does_not_continue_an_old_run(tmp_path):
+    fit(Wrapped(), curve_data(), RECIPE, "first", tmp_path / "run.pt")
+    data = curve_data()
+    with pytest.raises(ValueError, match="other settings or data"):
+        fit(Wrapped(), Columns(x=data.columns["x"], y=-data.columns["y"]), RECIPE, "other data", tmp_path / "run.pt")
+    other = Wrapped()
+    nn.init.zeros_(other.net.out.weight)
+    with pytest.raises(ValueError, match="other settings or data"):
+        fit(other, data, RECIPE, "other start", tmp_path / "run.pt")
 
 
 def test_nothing_is_unpickled_from_a_checkpoint(tmp_path):
