@@ -7,7 +7,7 @@ __all__ = ['CAPTION_QUESTION', 'RESULTS', 'score_captions', 'caption_accuracy', 
            'neighbour_vote', 'zero_shot', 'every_thing', 'text_prototypes', 'modality_gap', 'recall_at', 'save_results',
            'load_results']
 
-# %% ../nbs/09_evaluation.ipynb #0417e1fe
+# %% ../nbs/09_evaluation.ipynb #69f170f2
 import json, math, platform, resource, statistics
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .world import ATTRIBUTES, DESCRIPTIONS, Things, project_folder, read_attributes, write_atomically
 
-# %% ../nbs/09_evaluation.ipynb #a174bbfa
+# %% ../nbs/09_evaluation.ipynb #5d7cb818
 def score_captions(captions: list[str], things: Things) -> dict[str, Tensor]:
     "Which captions name the attribute rightly: bool `[N]` for each. Raises ValueError if the lengths differ."
     if len(captions) != len(things):
@@ -26,7 +26,7 @@ def score_captions(captions: list[str], things: Things) -> dict[str, Tensor]:
     read = [read_attributes(c) for c in captions]
     return {a: torch.tensor([r[a] for r in read]) == getattr(things, a) for a in ATTRIBUTES}
 
-# %% ../nbs/09_evaluation.ipynb #1de280b8
+# %% ../nbs/09_evaluation.ipynb #43ed7b32
 CAPTION_QUESTION = "describe it ."
 
 def caption_accuracy(model, features: Tensor, things: Things, cache: dict | bool = False) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def answer_accuracy(model, exercises: list[dict], features: Tensor | None = None
     for e, given in zip(exercises, answers): right[e["about"]].append(given == e["answer"])
     return {topic: sum(r) / len(r) for topic, r in sorted(right.items())}
 
-# %% ../nbs/09_evaluation.ipynb #d86d44f7
+# %% ../nbs/09_evaluation.ipynb #c3cd2e9f
 def wilson(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """Interval for an accuracy in [0, 1] measured on `n` examples (Wilson 1927); `z` = 1.96 makes it the 95 % one.
 
@@ -60,7 +60,7 @@ def summary(values: list[float]) -> dict:
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return dict(mean=round(statistics.fmean(values), 4), spread=round(spread, 4), seeds=[round(v, 4) for v in values])
 
-# %% ../nbs/09_evaluation.ipynb #e6bebcaa
+# %% ../nbs/09_evaluation.ipynb #d41759b9
 def mcnemar(before: Tensor, after: Tensor) -> dict:
     """Exact two-sided McNemar test of two bool `[N]`, right or wrong on the same questions: `{fixed, broken, p}`.
 
@@ -72,7 +72,7 @@ def mcnemar(before: Tensor, after: Tensor) -> dict:
     p = min(1.0, 2 * sum(math.comb(n, i) for i in range(low + 1)) / 2 ** n)
     return dict(fixed=fixed, broken=broken, p=p)
 
-# %% ../nbs/09_evaluation.ipynb #450fcf67
+# %% ../nbs/09_evaluation.ipynb #ed4c9f15
 def neighbour_vote(features: Tensor, memory: Tensor, labels: Tensor, k: int = 10) -> Tensor:
     """For features `[N,D]`, the label most frequent among the `k` most similar rows of `memory [M,D]`: int64 `[N]`.
 
@@ -88,7 +88,7 @@ def zero_shot(features: Tensor, text_features: Tensor, things: Things) -> dict[s
     best = (features @ text_features.T).argmax(1)
     return {a: getattr(things, a)[best] for a in ATTRIBUTES}
 
-# %% ../nbs/09_evaluation.ipynb #b96ed939
+# %% ../nbs/09_evaluation.ipynb #8ae11f77
 def every_thing() -> Things:
     "All 768 things there are."
     grid = torch.meshgrid(*(torch.arange(len(words)) for words in ATTRIBUTES.values()), indexing="ij")
@@ -100,7 +100,7 @@ def text_prototypes(embed_text) -> Tensor:
     phrasings = [embed_text([d.format(**things.words(i)) for i in range(len(things))]) for d in DESCRIPTIONS]
     return F.normalize(sum(phrasings), dim=-1)
 
-# %% ../nbs/09_evaluation.ipynb #cd7ab9a6
+# %% ../nbs/09_evaluation.ipynb #ec1b480b
 def _cosines(a, b):
     "All similarities `[N,N]` and those of matching rows `[N]`."
     if a.shape != b.shape or len(a) < 2:
@@ -108,7 +108,7 @@ def _cosines(a, b):
     cosines = a @ b.T
     return cosines, cosines.diagonal()
 
-# %% ../nbs/09_evaluation.ipynb #a70498f8
+# %% ../nbs/09_evaluation.ipynb #6da48678
 def modality_gap(a: Tensor, b: Tensor) -> dict[str, float]:
     """How features `a` and `b`, both `[N,D]` with matching rows, lie to each other.
 
@@ -123,7 +123,7 @@ def recall_at(a: Tensor, b: Tensor, k: int = 1) -> float:
     cosines, own = _cosines(a, b)
     return ((cosines >= own[:, None]).sum(1) <= k).float().mean().item()
 
-# %% ../nbs/09_evaluation.ipynb #ab26b1ab
+# %% ../nbs/09_evaluation.ipynb #d7550d6d
 RESULTS = Path("data/results")
 
 def _results_path(name, folder): return (folder or project_folder() / RESULTS) / f"{name}.json"
@@ -142,7 +142,7 @@ def save_results(name: str, values: dict, seconds: float, folder: Path | None = 
     write_atomically(path, lambda part: part.write_text(text))
     return path
 
-# %% ../nbs/09_evaluation.ipynb #a33f988f
+# %% ../nbs/09_evaluation.ipynb #09c9efb6
 def load_results(name: str, folder: Path | None = None) -> dict:
     "What `save_results` wrote. Raises FileNotFoundError or, for a file that is not JSON, ValueError."
     path = _results_path(name, folder)

@@ -6,7 +6,7 @@
 __all__ = ['SENSE_COLOURS', 'STYLE', 'COLUMN', 'PAGE', 'PICTURES', 'SPECTROGRAM', 'ROW_COLOURS', 'style', 'save_figure',
            'draw_recording', 'show_things', 'show_answers', 'draw_accuracy', 'finish_accuracy', 'draw_gates']
 
-# %% ../nbs/10_figures.ipynb #73eb9270
+# %% ../nbs/10_figures.ipynb #9fa440cc
 import math, textwrap
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from .world import ATTRIBUTES, AUDIO_RATE, CARRIES, Things, project_folder, write_atomically
 
-# %% ../nbs/10_figures.ipynb #980f5235
+# %% ../nbs/10_figures.ipynb #d925d61d
 SENSE_COLOURS = dict(image="#0072B2", video="#56B4E9", text="#000000", audio="#D55E00",
                      point="#009E73", depth="#CC79A7", thermal="#E69F00", imu="#A6A000")
 STYLE = {"figure.dpi": 80, "savefig.dpi": 200, "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,
@@ -29,7 +29,7 @@ def style():
     plt.switch_backend(plt.get_backend())  # a notebook can show figures only after this, or after its first plot
     plt.rcParams.update(STYLE)
 
-# %% ../nbs/10_figures.ipynb #fa522a78
+# %% ../nbs/10_figures.ipynb #06f2b7e9
 def save_figure(figure: Figure, name: str, folder: Path | None = None) -> Path:
     "Write `figure` as `NAME.pdf` and `NAME.png`, without dates to `figures` or `folder`; returns the path of the PNG."
     folder = folder or project_folder() / "figures"
@@ -39,7 +39,7 @@ def save_figure(figure: Figure, name: str, folder: Path | None = None) -> Path:
         write_atomically(folder / f"{name}.{kind}", draw)
     return folder / f"{name}.png"
 
-# %% ../nbs/10_figures.ipynb #ae83694c
+# %% ../nbs/10_figures.ipynb #7983f4a2
 PICTURES = dict(image={}, video={}, depth=dict(cmap="viridis_r", vmin=1.2, vmax=3),
                 thermal=dict(cmap="inferno", vmin=18, vmax=45))
 SPECTROGRAM = dict(NFFT=256, noverlap=128, Fs=AUDIO_RATE, cmap="magma", vmin=-70, vmax=-30)
@@ -58,7 +58,7 @@ def draw_recording(axes, sense: str, one):
     axes.set(xticks=[], yticks=[])
     for side in axes.spines.values(): side.set_visible(sense in ("text", "point", "imu"))
 
-# %% ../nbs/10_figures.ipynb #d7c39f0f
+# %% ../nbs/10_figures.ipynb #be0fb2a1
 def show_things(things: Things, recording: dict, captions: list[str] | None = None) -> Figure:
     "A contact sheet of what `record` returned for `things`: a column per thing, a row per sense, `captions` below."
     figure = Figure(figsize=(PAGE, .82 * len(recording)), layout="constrained")
@@ -66,10 +66,10 @@ def show_things(things: Things, recording: dict, captions: list[str] | None = No
     for row, (sense, all_of_it) in zip(grid, recording.items()):
         for axes, one in zip(row, all_of_it): draw_recording(axes, sense, one)
         row[0].set_ylabel(sense, color=SENSE_COLOURS[sense])
-    for axes, caption in zip(grid[-1], captions or []): axes.set_xlabel(caption, fontsize=6)
+    for axes, caption in zip(grid[-1], captions or []): axes.set_xlabel(textwrap.fill(caption, 16), fontsize=6)
     return figure
 
-# %% ../nbs/10_figures.ipynb #3a5e6383
+# %% ../nbs/10_figures.ipynb #2a3cab4b
 def show_answers(recording: dict, answers: dict[str, list[str]]) -> Figure:
     "The first recording of every sense, four to a row, each above the lines `answers[sense]` of what a model said."
     rows = math.ceil(len(recording) / 4)
@@ -82,7 +82,7 @@ def show_answers(recording: dict, answers: dict[str, list[str]]) -> Figure:
     for spare in grid: spare.set_axis_off()
     return figure
 
-# %% ../nbs/10_figures.ipynb #0ba8c774
+# %% ../nbs/10_figures.ipynb #bda3c22c
 ROW_COLOURS = dict(raw="#BBBBBB", cache="#0072B2", shuffled="#F0F0F0", random_memory="#D9C2A0")
 
 def draw_accuracy(results: dict, attribute: str = "kind", part: str = "seen") -> Figure:
@@ -105,7 +105,7 @@ def draw_accuracy(results: dict, attribute: str = "kind", part: str = "seen") ->
     finish_accuracy(axes, results, attribute, part)
     return figure
 
-# %% ../nbs/10_figures.ipynb #4ca19d63
+# %% ../nbs/10_figures.ipynb #d25fc363
 def finish_accuracy(axes, results: dict, attribute: str, part: str = "seen"):
     "Axes, chance level and legend of `draw_accuracy`. A sense that does not carry the attribute stands in brackets."
     names = [s if attribute in CARRIES[s] else f"({s})" for s in results["senses"]]
@@ -115,7 +115,7 @@ def finish_accuracy(axes, results: dict, attribute: str, part: str = "seen"):
     handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}  # one for each label
     axes.figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
 
-# %% ../nbs/10_figures.ipynb #994cf5cd
+# %% ../nbs/10_figures.ipynb #6e644ddd
 def draw_gates(gates: list[list[float]], title: str = "") -> Figure:
     "Heat map of tanh(gate), given as `[layers][heads]`: blue is negative, white zero, red positive."
     layers, heads = len(gates), len(gates[0])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mix', 'PromptTemplate', 'BindConfig', 'CacheConfig', 'ModelConfig', 'ImageBindLLM', 'quiet', 'load']
 
-# %% ../nbs/06_model.ipynb #007585cc
+# %% ../nbs/06_model.ipynb #b9580bfd
 import json, os, re, shutil, tempfile, warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ from .encoders import ImageBind, ImageBindConfig
 from .inputs import InputConfig, Processor
 from .llama import GatedInjection, base_model, enable_injection
 
-# %% ../nbs/06_model.ipynb #4c1b0bfc
+# %% ../nbs/06_model.ipynb #d09e6a3b
 def mix(features: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Weighted sum of `features`, each [B, D] and normalised first: [B, D], of length at most 1 (released code).
 
@@ -45,7 +45,7 @@ def mix(features: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     total = sum(weights) + 1e-6
     return sum(w / total * F.normalize(f, dim=-1) for f, w in zip(features, weights))
 
-# %% ../nbs/06_model.ipynb #4d4d0094
+# %% ../nbs/06_model.ipynb #d5cea913
 @dataclass
 class PromptTemplate:
     "How an instruction, perhaps with a context, becomes what the language model reads. Defaults: Alpaca's."
@@ -63,7 +63,7 @@ class PromptTemplate:
             raise ValueError(f"prompts: got {instruction!r}, wants text")
         return (self.with_context if context else self.alone).format(instruction=instruction, context=context)
 
-# %% ../nbs/06_model.ipynb #3a62426c
+# %% ../nbs/06_model.ipynb #387e8e02
 @dataclass
 class BindConfig:
     "Shape of the bind network between joint space and language model."
@@ -79,7 +79,7 @@ class CacheConfig:
     temperature: float = 20.0
     weight: float = 0.5
 
-# %% ../nbs/06_model.ipynb #eb4d3036
+# %% ../nbs/06_model.ipynb #a87df8a5
 @dataclass
 class ModelConfig:
     "Everything about an `ImageBindLLM` but weights and language model. Defaults: the published system."
@@ -94,14 +94,14 @@ class ModelConfig:
         "Nested plain dict, ready for JSON."
         return {"model_type": "ibllm", **asdict(self)}
 
-# %% ../nbs/06_model.ipynb #11ce53d5
+# %% ../nbs/06_model.ipynb #7454d9f1
 def _from_dict(kind: type, name: str, values: dict):
     "`kind(**values)` with a readable error for unknown keys."
     unknown = sorted(set(values) - {f.name for f in fields(kind)})
     if unknown: raise ValueError(f"{name}: got unknown keys {unknown}, wants some of {[f.name for f in fields(kind)]}")
     return kind(**values)
 
-# %% ../nbs/06_model.ipynb #42d4d686
+# %% ../nbs/06_model.ipynb #d042a80e
 @patch(cls_method=True)
 def from_dict(cls: ModelConfig, values: dict) -> ModelConfig:
     "Inverse of `to_dict`; what is left out takes its default. Raises ValueError for unknown keys."
@@ -111,7 +111,7 @@ def from_dict(cls: ModelConfig, values: dict) -> ModelConfig:
     if "encoder" in values: values["encoder"] = ImageBindConfig.from_dict(values["encoder"])
     return _from_dict(cls, "config", values)
 
-# %% ../nbs/06_model.ipynb #732ff090
+# %% ../nbs/06_model.ipynb #e4bc5762
 def _fitting_encoder(encoder: ImageBind | None, config: ModelConfig) -> ImageBind:
     "`encoder`, if it is the one that `config` describes; a new one for None."
     if encoder is None: return ImageBind(config.encoder)
@@ -131,7 +131,7 @@ def _padding_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-# %% ../nbs/06_model.ipynb #2b6a71f3
+# %% ../nbs/06_model.ipynb #ccd1d81b
 class ImageBindLLM(nn.Module):
     """Encoders, bind network, gated injection, language model and optional cache as one model (paper §3).
 
@@ -157,12 +157,12 @@ class ImageBindLLM(nn.Module):
         self.encoder.eval()
         return self
 
-# %% ../nbs/06_model.ipynb #d15808c0
+# %% ../nbs/06_model.ipynb #8694cf59
 def _check_inputs(inputs):
     if not isinstance(inputs, dict):
         raise TypeError(f"inputs: got {type(inputs).__name__}, wants a dict of modality: source")
 
-# %% ../nbs/06_model.ipynb #b1864dda
+# %% ../nbs/06_model.ipynb #e9ac9c60
 @patch
 @torch.no_grad()
 def embed(self: ImageBindLLM, inputs: dict) -> dict[str, Tensor]:
@@ -174,7 +174,7 @@ def embed(self: ImageBindLLM, inputs: dict) -> dict[str, Tensor]:
     for modality in inputs: self.encoder.tower(modality)  # refuse all before reading any
     return {m: self.encoder.encode(m, self.processor(m, source)) for m, source in inputs.items()}
 
-# %% ../nbs/06_model.ipynb #60fabed5
+# %% ../nbs/06_model.ipynb #cbcfdde1
 RATED = ("video", "audio", "imu")  # their arrays come with a rate: (array, rate)
 
 
@@ -186,7 +186,7 @@ def _split_weight(modality: str, entry) -> tuple:
         raise ValueError(f"{modality}: got a tuple that is no (source, weight), wants such a pair, a source or a list")
     return entry
 
-# %% ../nbs/06_model.ipynb #119d40a4
+# %% ../nbs/06_model.ipynb #1b3d21e9
 @patch
 def enhance(self: ImageBindLLM, feature: Tensor, cache: dict | bool | None = None) -> Tensor:
     """`feature` [B, D] after the visual cache, or as it is if `cache` is False, or None and the model has none.
@@ -212,7 +212,7 @@ def prepare(self: ImageBindLLM, inputs: dict | None, cache: dict | bool | None =
     features = self.embed({modality: source for modality, (source, _) in entries.items()})
     return self.enhance(mix(list(features.values()), [weight for _, weight in entries.values()]), cache)
 
-# %% ../nbs/06_model.ipynb #2c908aa7
+# %% ../nbs/06_model.ipynb #a8c48a53
 @patch
 def gated_values(self: ImageBindLLM, features: Tensor) -> Tensor:
     "What the language model's layers add for `features` [B, D]: [B, layers, heads, head_dim], differentiable."
@@ -230,7 +230,7 @@ def forward(self: ImageBindLLM, input_ids: Tensor, features: Tensor | None = Non
     values = None if features is None else self.gated_values(features)
     return self.llm(input_ids=input_ids, gated_values=values, **options)
 
-# %% ../nbs/06_model.ipynb #fecdc3b0
+# %% ../nbs/06_model.ipynb #eb6da6a7
 @patch
 def tokenize(self: ImageBindLLM, prompts: list) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, int64 [B, T], of prompts in the model's template, padded on the left.
@@ -247,7 +247,7 @@ def tokenize(self: ImageBindLLM, prompts: list) -> dict[str, Tensor]:
     batch = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
     return batch.to(self.llm.get_input_embeddings().weight.device)
 
-# %% ../nbs/06_model.ipynb #3528e9ef
+# %% ../nbs/06_model.ipynb #adb30aa8
 @patch
 def _request(self: ImageBindLLM, features: Tensor | None, prompts, options: dict) -> dict:
     "Arguments of the language model's `generate` for features [B, D] and prompts, both repeated to one length."
@@ -265,7 +265,7 @@ def _request(self: ImageBindLLM, features: Tensor | None, prompts, options: dict
         options = options | {"max_new_tokens": min(wanted, room)}
     return {**batch, "gated_values": values, **options}
 
-# %% ../nbs/06_model.ipynb #ecf18587
+# %% ../nbs/06_model.ipynb #024d1801
 @patch
 @torch.no_grad()
 def answer(self: ImageBindLLM, features: Tensor | None, prompts, **options) -> list[str]:
@@ -289,7 +289,7 @@ def generate(self: ImageBindLLM, inputs: dict | None, prompts, cache: dict | boo
     `options` go to Hugging Face's `generate`."""
     return self.answer(self.prepare(inputs, cache), prompts, **options)
 
-# %% ../nbs/06_model.ipynb #0cf5688a
+# %% ../nbs/06_model.ipynb #fc015b91
 def _pieces(llm: nn.Module, streamer: TextIteratorStreamer, request: dict) -> Iterator[str]:
     "Run `llm.generate(**request)` in a thread and yield what arrives at `streamer`."
     abandoned, errors = Event(), []
@@ -310,7 +310,7 @@ def _pieces(llm: nn.Module, streamer: TextIteratorStreamer, request: dict) -> It
         thread.join()
     if errors: raise errors[0]
 
-# %% ../nbs/06_model.ipynb #e090bfc3
+# %% ../nbs/06_model.ipynb #fe0f896c
 @patch
 def stream(self: ImageBindLLM, inputs: dict | None, prompt, cache: dict | bool | None = None,
            **options) -> Iterator[str]:
@@ -322,7 +322,7 @@ def stream(self: ImageBindLLM, inputs: dict | None, prompt, cache: dict | bool |
     streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
     return _pieces(base_model(self.llm), streamer, request)
 
-# %% ../nbs/06_model.ipynb #0e06520b
+# %% ../nbs/06_model.ipynb #06740213
 @contextmanager
 def quiet():
     "No progress bars of transformers, and no warning about a deprecated name that PEFT uses."
@@ -335,7 +335,7 @@ def quiet():
     finally:
         if shown: transformers_logging.enable_progress_bar()
 
-# %% ../nbs/06_model.ipynb #dbb13467
+# %% ../nbs/06_model.ipynb #349770a4
 def _bare_weights(llm: nn.Module) -> dict[str, Tensor]:
     "State dict of the Hugging Face model inside `llm`, under its own names and without what PEFT added."
     if any(getattr(module, "merged", False) for module in llm.modules()):
@@ -354,7 +354,7 @@ def _save_llm(llm: nn.Module, folder: Path):
     adapter = folder / "lora" / "adapter_config.json"
     adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": None}, indent=2))
 
-# %% ../nbs/06_model.ipynb #85ad3a4e
+# %% ../nbs/06_model.ipynb #ce869694
 PARTS = ("model.safetensors", "llm", "lora", "tokenizer", "text_tokenizer", "cache.index", "cache.index.json",
          "config.json")
 
@@ -366,7 +366,7 @@ def _move_parts(source: Path, folder: Path):
         if new.exists(): os.replace(new, old)
         else: old.unlink(missing_ok=True)
 
-# %% ../nbs/06_model.ipynb #f815eb9a
+# %% ../nbs/06_model.ipynb #cfbe5ee2
 @patch
 def save_pretrained(self: ImageBindLLM, folder: str | Path):
     "Write the model to `folder`, for `load` to read. Raises ValueError if LoRA is merged into the language model."
@@ -383,7 +383,7 @@ def save_pretrained(self: ImageBindLLM, folder: str | Path):
         (new / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
         _move_parts(new, folder)
 
-# %% ../nbs/06_model.ipynb #6a9158f8
+# %% ../nbs/06_model.ipynb #5124dc5d
 def _read_config(folder: Path) -> ModelConfig:
     "The configuration in `folder`, or one line saying that this is no saved model."
     try: values = json.loads((folder / "config.json").read_text())
@@ -404,7 +404,7 @@ def _load_weights(model: ImageBindLLM, path: Path, device: str):
     for part in (model.encoder, model.bind, model.injection): part.to_empty(device=device)
     model.load_state_dict(weights, strict=False)
 
-# %% ../nbs/06_model.ipynb #b36b8a7e
+# %% ../nbs/06_model.ipynb #1f50d66d
 @patch(cls_method=True)
 def from_pretrained(cls: ImageBindLLM, folder: str | Path, device: str = "cpu", **llm_options) -> ImageBindLLM:
     """The model saved in `folder`, in evaluation mode on `device`.
@@ -426,14 +426,14 @@ def from_pretrained(cls: ImageBindLLM, folder: str | Path, device: str = "cpu", 
     _load_weights(model, folder / "model.safetensors", device)
     return model
 
-# %% ../nbs/06_model.ipynb #287f5cb0
+# %% ../nbs/06_model.ipynb #7a19890a
 def _shipped(name: str) -> Path | None:
     "Folder of shipped weights: inside the installed package, or beside it in a checkout."
     package = Path(ibllm.__file__).parent
     folders = [home / "data" / name for home in (package, package.parent)]
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
-# %% ../nbs/06_model.ipynb #adc7eb18
+# %% ../nbs/06_model.ipynb #b6fab427
 def load(name: str | Path, **options) -> ImageBindLLM:
     """A model by name: `"toyland"`, a folder written by `save_pretrained`, or a Hub id such as `"someone/model"`.
 

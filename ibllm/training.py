@@ -12,7 +12,7 @@ __all__ = ['GATE_LR', 'IGNORE', 'BIASES', 'NORMS', 'TOYLAND_INPUTS', 'TOYLAND_PR
            'toyland_model', 'recipe_for', 'extract_features', 'read_recording', 'caption_pairs', 'instruction_pairs',
            'build_folder', 'before_stage_two', 'previous_model', 'train_stages']
 
-# %% ../nbs/08_training.ipynb #adea9aed
+# %% ../nbs/08_training.ipynb #8f0f1470
 import copy, hashlib, json, math, os, tempfile, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from .model import ImageBindLLM, ModelConfig, PromptTemplate, load, quiet
 from .world import (AUDIO_RATE, IMU_RATE, VIDEO_FPS, Things, ask, ask_in_words, draw_things,
                          project_folder, write_atomically)
 
-# %% ../nbs/08_training.ipynb #3c4070e2
+# %% ../nbs/08_training.ipynb #c0065f94
 class Batches:
     """Indices of every batch: epochs of `examples` shuffled by `seed`, in `batch_size`s, from step `start` to `steps`.
 
@@ -58,7 +58,7 @@ class Batches:
             batch = order[place * self.batch_size:(place + 1) * self.batch_size]
             yield batch[self.rank::self.world].tolist()
 
-# %% ../nbs/08_training.ipynb #45c37b31
+# %% ../nbs/08_training.ipynb #5208826e
 class Columns(Dataset):
     "Tensors (or lists) of equal length, by name: `Columns(image=..., ids=...)`. A batch is a dict of their rows."
     def __init__(self, **columns):
@@ -73,7 +73,7 @@ class Columns(Dataset):
         return {name: c[indices] if isinstance(c, Tensor) else [c[i] for i in indices]
                 for name, c in self.columns.items()}
 
-# %% ../nbs/08_training.ipynb #69babe7c
+# %% ../nbs/08_training.ipynb #69a456f7
 @dataclass(frozen=True)
 class Recipe:
     "How to train: number of steps, batch size over all processes, peak learning rate, and the rest."
@@ -92,7 +92,7 @@ def learning_rate(step: float, steps: float, warmup: float, peak: float) -> floa
     if step < warmup: return peak * step / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
-# %% ../nbs/08_training.ipynb #3e040aab
+# %% ../nbs/08_training.ipynb #0117fede
 GATE_LR = 5.0                        # times the recipe's rate
 
 def parameter_groups(objective: nn.Module, recipe: Recipe) -> dict[str, list]:
@@ -117,7 +117,7 @@ def make_optimizers(objective: nn.Module, recipe: Recipe) -> list[torch.optim.Op
         [dict(params=p["blocks"], peak=recipe.muon_lr)], weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
-# %% ../nbs/08_training.ipynb #e6fd1f47
+# %% ../nbs/08_training.ipynb #5c1d7d73
 class LossPicture:
     "A loss curve that is redrawn in place every `seconds` while a run lasts."
     def __init__(self, title: str, steps: int, seconds: float = 5.0):
@@ -142,7 +142,7 @@ class LossPicture:
         axes.set(xlim=(0, self.steps), xlabel="step", ylabel="loss", title=self.title)
         return figure
 
-# %% ../nbs/08_training.ipynb #cbe14cba
+# %% ../nbs/08_training.ipynb #07d50a18
 def running_mean(values, window=20):
     "Mean of the last `window` values, at every place."
     if not len(values): return []
@@ -161,14 +161,14 @@ class ProgressBar:
         self.bar.set_postfix(loss=f"{running_mean(history)[-1]:.3f}" if history else "")
         if done: self.bar.close()
 
-# %% ../nbs/08_training.ipynb #0a5cba47
+# %% ../nbs/08_training.ipynb #e3eaa678
 def watch(title: str, steps: int):
     "A `LossPicture` in a notebook, a `ProgressBar` elsewhere."
     try: in_notebook = get_ipython().__class__.__name__ == "ZMQInteractiveShell"
     except NameError: in_notebook = False
     return LossPicture(title, steps) if in_notebook else ProgressBar(title, steps)
 
-# %% ../nbs/08_training.ipynb #e43ef58a
+# %% ../nbs/08_training.ipynb #b963b620
 def fingerprint(values: dict) -> str:
     "A short digest of names and values, tensors or others."
     digest = hashlib.sha256()
@@ -180,17 +180,17 @@ def fingerprint(values: dict) -> str:
     return digest.hexdigest()[:16]
 
 def run_key(objective: nn.Module, recipe: Recipe, data: Dataset) -> str:
-    "What a run was made from, as text: the recipe, all weights at the start, the number of examples and a sample of them."
-    sample = data.__getitems__(torch.linspace(0, len(data) - 1, min(16, len(data))).long().tolist())
-    return json.dumps(dict(recipe=asdict(recipe), examples=len(data), start=fingerprint(objective.state_dict()),
-                           sample=fingerprint(sample)), sort_keys=True)
+    "What a run was made from, as text: the recipe, the weights at the start, the number of examples and some of them."
+    places = torch.linspace(0, len(data) - 1, min(16, len(data))).long().tolist()
+    return json.dumps(dict(recipe=asdict(recipe), examples=len(data), sample=fingerprint(data.__getitems__(places)),
+                           start=fingerprint(objective.state_dict())), sort_keys=True)
 
 def save_checkpoint(path: Path, state: dict):
     "Write `state` to `path` atomically."
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda part: torch.save(state, part))
 
-# %% ../nbs/08_training.ipynb #cdf401c6
+# %% ../nbs/08_training.ipynb #dfc5d940
 def load_checkpoint(path: Path, key: str) -> dict | None:
     """The state in `path`, or None if there is none. Tensors only: nothing is unpickled.
 
@@ -206,7 +206,7 @@ def learned_state(objective: nn.Module) -> dict:
     frozen = {name for name, p in objective.named_parameters() if not p.requires_grad}
     return {name: t for name, t in objective.state_dict().items() if name not in frozen}
 
-# %% ../nbs/08_training.ipynb #32bd1921
+# %% ../nbs/08_training.ipynb #07ce4e7e
 class Run:
     "A training run that can be saved and continued."
     def __init__(self, objective: nn.Module, data: Dataset, recipe: Recipe, checkpoint: Path | None):
@@ -228,7 +228,7 @@ class Run:
         save_checkpoint(self.checkpoint, dict(
             key=self.key, weights=learned_state(self.objective), optimizers=optimizers, history=self.history))
 
-# %% ../nbs/08_training.ipynb #be985f2d
+# %% ../nbs/08_training.ipynb #d5378ebb
 def fit(objective: nn.Module, data: Dataset, recipe: Recipe, title: str, checkpoint: Path | None = None,
         workers: int = 0) -> list[float]:
     """Minimise `objective(**batch)` over `data`; returns the loss of every step (of this process's share of the batch).
@@ -253,7 +253,7 @@ def fit(objective: nn.Module, data: Dataset, recipe: Recipe, title: str, checkpo
     objective.eval()
     return history
 
-# %% ../nbs/08_training.ipynb #aeb21e3a
+# %% ../nbs/08_training.ipynb #213beb16
 def take_step(accelerator, objective, optimizers, batch, recipe, step) -> float:
     "One optimisation step; returns the loss. Its randomness depends on the recipe's seed and on `step` only."
     torch.manual_seed(recipe.seed * 1_000_003 + step)
@@ -268,13 +268,13 @@ def take_step(accelerator, objective, optimizers, batch, recipe, step) -> float:
     for o in optimizers: o.step()
     return loss.item()
 
-# %% ../nbs/08_training.ipynb #d3f3f667
+# %% ../nbs/08_training.ipynb #cced4782
 def info_nce(a: Tensor, b: Tensor, scale) -> Tensor:
     "Symmetric InfoNCE of unit vectors `a`, `b` `[B, D]`, row i with row i; `scale` is the inverse temperature."
     logits, target = scale * a @ b.T, torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-# %% ../nbs/08_training.ipynb #774298cb
+# %% ../nbs/08_training.ipynb #5fe4e64b
 def gather_rows(x: Tensor) -> Tensor:
     "The rows of all processes, with gradients, so that every process contrasts with the whole batch."
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return x
@@ -289,7 +289,7 @@ def start_like(tower: nn.Module, trained: nn.Module):
         for name, p in trained.named_parameters():
             if name in same and same[name].shape == p.shape: same[name].copy_(p)
 
-# %% ../nbs/08_training.ipynb #4ef9e54e
+# %% ../nbs/08_training.ipynb #36347450
 class Binding(nn.Module):
     """InfoNCE between a tower's reading of `x` and `anchor`: features `[B, D]`, or the input of `anchor_tower` if that
     learns as well."""
@@ -302,7 +302,7 @@ class Binding(nn.Module):
         feature = F.normalize(self.tower(x), dim=-1)
         return info_nce(gather_rows(feature), gather_rows(anchor), self.tower.logit_scale)
 
-# %% ../nbs/08_training.ipynb #2fedcd4f
+# %% ../nbs/08_training.ipynb #31813712
 IGNORE = -100                        # label of a token that is read but not learned
 
 def tokenize_pairs(tokenizer, prompts: list[str], answers: list[str], learn_prompt: bool = False) -> dict:
@@ -322,7 +322,7 @@ def tokenize_pairs(tokenizer, prompts: list[str], answers: list[str], learn_prom
         labels[i, start:len(row)] = ids[i, start:len(row)]
     return dict(ids=ids, labels=labels)
 
-# %% ../nbs/08_training.ipynb #c0875f2c
+# %% ../nbs/08_training.ipynb #390247ca
 class NextToken(nn.Module):
     """Cross-entropy of the answer tokens. With `bind` and `injection`, `feature [B, D]` is injected into `llm` (stage 1
     and 2); without, it is a plain language model."""
@@ -338,7 +338,7 @@ class NextToken(nn.Module):
         logits = self.llm(input_ids=ids, use_cache=False, **injected).logits[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
 
-# %% ../nbs/08_training.ipynb #b72ce3a0
+# %% ../nbs/08_training.ipynb #29a870ad
 def freeze(module: nn.Module) -> nn.Module:
     "No parameter of `module` learns."
     return module.requires_grad_(False)
@@ -350,7 +350,7 @@ def prepare_stage_one(llm, bind, injection) -> NextToken:
     freeze(llm); bind.requires_grad_(True); injection.requires_grad_(True)
     return NextToken(llm, bind, injection)
 
-# %% ../nbs/08_training.ipynb #83e47b7d
+# %% ../nbs/08_training.ipynb #eaa3543f
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 
 def prepare_stage_two(llm, bind, injection, rank: int = 16) -> NextToken:
@@ -368,14 +368,14 @@ def prepare_stage_two(llm, bind, injection, rank: int = 16) -> NextToken:
         p.requires_grad_("lora_" in name or "modules_to_save" in name or bias)
     return NextToken(llm, bind, injection)
 
-# %% ../nbs/08_training.ipynb #b770ac1b
+# %% ../nbs/08_training.ipynb #574d031c
 def count_trainable(objective: nn.Module) -> str:
     "How much of an objective learns, in words."
     sizes = [(p.numel(), p.requires_grad) for p in objective.parameters()]
     learned, total = sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
     return f"{learned:,} of {total:,} parameters learn ({learned / total:.1%})"
 
-# %% ../nbs/08_training.ipynb #c94be8d5
+# %% ../nbs/08_training.ipynb #bd2deaf9
 TOYLAND_INPUTS = InputConfig(
     image_size=32, video_clips=3, video_clip_seconds=2 / 3, video_crops=1,
     audio_rate=8_000, audio_clips=1, audio_clip_seconds=1.0, audio_mel_bins=32, audio_frames=32, audio_frame_ms=64.0,
@@ -384,7 +384,7 @@ TOYLAND_INPUTS = InputConfig(
     depth_max_disparity=2.5, depth_mean=0.45, depth_std=0.15,
     thermal_range=(15.0, 45.0), thermal_mean=0.3, thermal_std=0.25, imu_samples=64, imu_seconds=1.0)
 
-# %% ../nbs/08_training.ipynb #bbddf923
+# %% ../nbs/08_training.ipynb #d3485a56
 def toyland_imagebind(vocabulary: int) -> ImageBindConfig:
     "ImageBind with towers of Toyland's size; `vocabulary` is the tokenizer's."
     shape = dict(width=96, blocks=3, heads=4)
@@ -397,7 +397,7 @@ def toyland_imagebind(vocabulary: int) -> ImageBindConfig:
         point=PointConfig(**shape, groups=16, group_size=16, group_widths=(32, 48, 64, 96), position_width=32,
                           projection_width=128, logit_scale=14.0, drop_path=0.0, dropout=0.0))
 
-# %% ../nbs/08_training.ipynb #64ba3ddb
+# %% ../nbs/08_training.ipynb #734aef6b
 def train_tokenizer(texts: list[str], vocabulary: int = 448):
     "A byte-level BPE tokenizer as a `PreTrainedTokenizerFast`; padding has id 0, the end token the largest id."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -411,7 +411,7 @@ def train_tokenizer(texts: list[str], vocabulary: int = 448):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
                                    padding_side="left")
 
-# %% ../nbs/08_training.ipynb #94f233db
+# %% ../nbs/08_training.ipynb #e2b4a98f
 TOYLAND_PROMPT = "Q: {instruction}\nA:"
 
 def toyland_text(n: int, seed: int) -> tuple[list[str], list[str]]:
@@ -428,7 +428,7 @@ def as_prompts(exercises: list[dict]) -> tuple[list[str], list[str]]:
     "Prompts in Toyland's template, and answers."
     return [TOYLAND_PROMPT.format(instruction=e["question"]) for e in exercises], [e["answer"] for e in exercises]
 
-# %% ../nbs/08_training.ipynb #71ca3c6d
+# %% ../nbs/08_training.ipynb #5cc65282
 def toyland_llm(tokenizer, seed: int = 0) -> LlamaForCausalLM:
     "A fresh LLaMA: width 128, 4 layers of 4 heads; everything but the biases learns."
     torch.manual_seed(seed)
@@ -448,7 +448,7 @@ def toyland_model(encoder: ImageBind, llm: nn.Module, tokenizer, seed: int = 0) 
         template=PromptTemplate(alone=TOYLAND_PROMPT, with_context="Q: {context} . {instruction}\nA:"))
     return ImageBindLLM(config, llm, tokenizer, text_tokenizer=tokenizer, encoder=encoder)
 
-# %% ../nbs/08_training.ipynb #3784a80e
+# %% ../nbs/08_training.ipynb #e6fcc6fb
 FROM_NOTHING = dict(lr=1.5e-3, muon_lr=1e-2)
 RECIPES = dict(
     image_text=Recipe(1_500, 256, **FROM_NOTHING), audio=Recipe(400, 256, **FROM_NOTHING),
@@ -460,13 +460,13 @@ RECIPES = dict(
 QUICK = os.environ.get("IBLLM_QUICK") == "1"
 
 def recipe_for(name: str, seed: int = 0) -> Recipe:
-    """The recipe of a part, with `seed`. When the environment sets IBLLM_QUICK=1, as the tests do, a twentieth of the
-    steps."""
+    """The recipe of a part, with `seed`. When the environment sets IBLLM_QUICK=1, as tests do: a quarter of the steps
+    for the two stages, whose gates take a while to open, and a twentieth for all others."""
     recipe = RECIPES[name]
-    steps = recipe.steps // 20 if QUICK else recipe.steps
+    steps = recipe.steps // (4 if name.startswith("stage") else 20) if QUICK else recipe.steps
     return replace(recipe, seed=seed, steps=steps, warmup=min(recipe.warmup, steps // 3))
 
-# %% ../nbs/08_training.ipynb #f8e2481c
+# %% ../nbs/08_training.ipynb #4751b8a2
 @torch.no_grad()
 def extract_features(encoder: ImageBind, modality: str, tensors: Tensor, chunk: int = 500) -> Tensor:
     "Unit features `[N, D]` of a large batch, computed in chunks."
@@ -478,7 +478,7 @@ def read_recording(processor: Processor, modality: str, recording) -> Tensor:
     if modality == "text": return processor("text", recording)
     return processor(modality, (recording, rates[modality]) if modality in rates else recording)
 
-# %% ../nbs/08_training.ipynb #cd0eb008
+# %% ../nbs/08_training.ipynb #038ae02b
 def caption_pairs(things: Things, tokenizer, features: Tensor, seed: int) -> Columns:
     "Stage 1: (feature, caption) with the prompt that asks for a caption."
     captions = as_prompts(ask(things, seed, about=("caption",)))
@@ -490,7 +490,7 @@ def instruction_pairs(things: Things, tokenizer, features: Tensor, seed: int) ->
     return Columns(**tokenize_pairs(tokenizer, *as_prompts(exercises)),
                    feature=torch.cat([features, torch.zeros_like(features)]))
 
-# %% ../nbs/08_training.ipynb #6490b30e
+# %% ../nbs/08_training.ipynb #6561376b
 def build_folder() -> Path:
     "`data/build` of the checkout; in a quick run a new temporary folder."
     return Path(tempfile.mkdtemp()) if QUICK else project_folder() / "data" / "build"
@@ -504,14 +504,14 @@ def before_stage_two(folder: Path) -> ImageBindLLM:
     model.llm = enable_injection(llm)
     return model
 
-# %% ../nbs/08_training.ipynb #7864a744
+# %% ../nbs/08_training.ipynb #72b12380
 def previous_model(name: str) -> ImageBindLLM:
     """The model that an earlier notebook left as `name` in `data/build`, or (always in a quick run) the shipped one
     before its stage 2."""
     folder = project_folder() / "data" / "build" / name
     return load(folder) if folder.exists() and not QUICK else before_stage_two(project_folder() / "data" / "toyland")
 
-# %% ../nbs/08_training.ipynb #9d08d1c9
+# %% ../nbs/08_training.ipynb #e860237d
 def train_stages(encoder: ImageBind, llm: nn.Module, tokenizer, things: Things, features: Tensor, seed: int,
                  folder: Path) -> ImageBindLLM:
     """Stage 1 and stage 2 with `seed`, on pictures' `features [N, D]` of `things`, around a copy of the pre-trained

@@ -13,7 +13,7 @@ __all__ = ['KINDS', 'COLOURS', 'SIZES', 'MOTIONS', 'ATTRIBUTES', 'CARRIES', 'TUR
            'measure_heat', 'scan', 'strokes', 'listen', 'sway', 'feel', 'describe', 'answer', 'ask', 'ask_in_words',
            'read_attributes', 'record', 'Split', 'split_things', 'project_folder', 'write_atomically', 'write_files']
 
-# %% ../nbs/00_world.ipynb #5bfc3453
+# %% ../nbs/00_world.ipynb #a95164ef
 import hashlib, math, os
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -24,18 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/00_world.ipynb #433925f0
+# %% ../nbs/00_world.ipynb #871da1ff
 KINDS = "ball box cone ring bell bottle star spring table mushroom drum plane".split()
 COLOURS = "red orange yellow green cyan blue purple white".split()
 SIZES = "small big".split()
 MOTIONS = "still bouncing sliding circling".split()
 ATTRIBUTES = dict(kind=KINDS, colour=COLOURS, size=SIZES, motion=MOTIONS)
 
-# %% ../nbs/00_world.ipynb #b1f5191f
+# %% ../nbs/00_world.ipynb #b2fbc8e2
 def _check_word(name, got, known):
     if got not in known: raise ValueError(f"{name}: got {got!r}, wants one of {', '.join(known)}")
 
-# %% ../nbs/00_world.ipynb #9786c17f
+# %% ../nbs/00_world.ipynb #3909fe65
 @dataclass(frozen=True)
 class Things:
     """N things. `kind`, `colour`, `size`, `motion`: int64 `[N]`, positions in `KINDS`, `COLOURS`, `SIZES`, `MOTIONS`.
@@ -57,14 +57,14 @@ class Things:
         first = ["{size} {colour} {kind}, {motion}".format(**self.words(i)) for i in range(min(3, len(self)))]
         return f"Things({len(self)}): " + "; ".join(first + ["…"] * (len(self) > 3))
 
-# %% ../nbs/00_world.ipynb #30be897f
+# %% ../nbs/00_world.ipynb #86ba453e
 def one_thing(kind: str, colour: str = "red", size: str = "big", motion: str = "still") -> Things:
     "A `Things` of length one from its four words. Raises ValueError for a word that Toyland does not know."
     given = dict(kind=kind, colour=colour, size=size, motion=motion)
     for name, word in given.items(): _check_word(name, word, ATTRIBUTES[name])
     return Things(*(torch.tensor([ATTRIBUTES[name].index(word)]) for name, word in given.items()))
 
-# %% ../nbs/00_world.ipynb #a8f09bb0
+# %% ../nbs/00_world.ipynb #7a359cec
 def generator(seed: int, *names) -> torch.Generator:
     "A random generator that depends on `seed` and `names` only, not on what was drawn before."
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
@@ -74,13 +74,13 @@ def uniform(low: float, high: float, shape, g: torch.Generator) -> Tensor:
     "Random floats of `shape`, drawn uniformly between `low` and `high` (never `high` itself)."
     return low + (high - low) * torch.rand(shape, generator=g)
 
-# %% ../nbs/00_world.ipynb #1099cee9
+# %% ../nbs/00_world.ipynb #7dc82143
 def is_pictured(things: Things) -> Tensor:
     "Bool `[N]`: whether the kind–colour combination occurs in training pictures."
     shift = (things.colour - things.kind) % len(COLOURS)
     return (shift != 0) & (shift != 3)
 
-# %% ../nbs/00_world.ipynb #ff9bf95e
+# %% ../nbs/00_world.ipynb #23b4b0aa
 def draw_things(n: int, seed: int, pictured: bool | None = True) -> Things:
     """`n` random things: only pictured combinations, only those never pictured (`pictured=False`), or any (`None`).
 
@@ -93,13 +93,13 @@ def draw_things(n: int, seed: int, pictured: bool | None = True) -> Things:
         found = torch.cat([found, draw], 1)
     return Things(*found[:, :n])
 
-# %% ../nbs/00_world.ipynb #29af850c
+# %% ../nbs/00_world.ipynb #c5ae6dcc
 CARRIES = dict(
     image=("kind", "colour", "size", "motion"), video=("kind", "colour", "size", "motion"),
     text=("kind", "colour", "size", "motion"), audio=("kind", "size", "motion"), point=("kind", "size"),
     depth=("kind", "size", "motion"), thermal=("kind", "size", "motion"), imu=("kind", "size", "motion"))
 
-# %% ../nbs/00_world.ipynb #4761b021
+# %% ../nbs/00_world.ipynb #4fa5ca41
 def turned(profile, n, g):
     "Points and normals `[n,3]` on the surface that a polyline of (radius, height) pairs sweeps, spread by area."
     p = torch.tensor(profile, dtype=torch.float32)
@@ -112,7 +112,7 @@ def turned(profile, n, g):
     spin = lambda rh: torch.stack([rh[:, 0] * angle.cos(), rh[:, 1], rh[:, 0] * angle.sin()], 1)
     return spin(along), spin(outward)
 
-# %% ../nbs/00_world.ipynb #62cd6200
+# %% ../nbs/00_world.ipynb #b0f9c6c5
 def boxed(half, centre, n, g):
     "Points and normals `[n,3]` on a box with half-widths `half` around `centre`, both (x, y, z), spread by area."
     half, centre = torch.tensor(half), torch.tensor(centre)
@@ -122,7 +122,7 @@ def boxed(half, centre, n, g):
     inside = uniform(-1, 1, (n, 3), g)
     return centre + half * torch.where(normal != 0, normal, inside), normal
 
-# %% ../nbs/00_world.ipynb #8f470634
+# %% ../nbs/00_world.ipynb #6dbc06ed
 def tubed(curve, radius, n, g):
     "Points and normals `[n,3]` on a tube of `radius` around `curve`, a function from t in [0,1] `[n]` to `[n,3]`."
     t, angle = torch.rand(n, generator=g), uniform(0, 2 * math.pi, n, g)
@@ -132,7 +132,7 @@ def tubed(curve, radius, n, g):
     normal = angle.cos()[:, None] * side + angle.sin()[:, None] * torch.linalg.cross(side, along)
     return here + radius * normal, normal
 
-# %% ../nbs/00_world.ipynb #0911caa1
+# %% ../nbs/00_world.ipynb #7797dc75
 def starred(n, g, thickness=.22):
     "Points and normals `[n,3]` on a five-pointed star cut out of a slab: z runs from −`thickness` to `thickness`."
     def outline(angle):
@@ -149,7 +149,7 @@ def starred(n, g, thickness=.22):
     edge = torch.stack([angle.cos(), angle.sin(), torch.zeros(n)], 1)
     return torch.stack([r * angle.cos(), r * angle.sin(), z], 1), torch.where(rim[:, None], edge, flat)
 
-# %% ../nbs/00_world.ipynb #6a694ac2
+# %% ../nbs/00_world.ipynb #0cacc479
 def arc(radius, centre, start, stop, steps=12):
     "A circular arc as a profile for `turned`: (radius, height) pairs between two angles in degrees."
     angles = torch.linspace(math.radians(start), math.radians(stop), steps).tolist()
@@ -165,7 +165,7 @@ def circle(t):
     a = 2 * math.pi * t
     return torch.stack([.75 * a.cos(), 0 * a, .75 * a.sin()], 1)
 
-# %% ../nbs/00_world.ipynb #2131757c
+# %% ../nbs/00_world.ipynb #5012403a
 TURNED = dict(
     ball=[(1, arc(1, 0, -90, 90))],
     cone=[(.75, [(.65, -.85), (0, 1)]), (.25, [(0, -.85), (.65, -.85)])],
@@ -182,7 +182,7 @@ BOXED = dict(
            (.12, (.1, .03, .36), (-.82, .05, 0.)), (.08, (.12, .24, .03), (-.83, .3, 0.))])
 TUBED = dict(ring=(circle, .25), spring=(helix, .13))
 
-# %% ../nbs/00_world.ipynb #a9f991f3
+# %% ../nbs/00_world.ipynb #0679d92d
 SURFACE_POINTS = 8192
 
 def make_shape(kind: str, n: int = SURFACE_POINTS) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,13 +200,13 @@ def make_shape(kind: str, n: int = SURFACE_POINTS) -> tuple[Tensor, Tensor, Tens
     shuffle = torch.randperm(n, generator=g)
     return (points / points.norm(dim=1).max())[shuffle], normals[shuffle], part[shuffle]
 
-# %% ../nbs/00_world.ipynb #67104ca7
+# %% ../nbs/00_world.ipynb #f9ccd007
 @lru_cache(1)
 def make_shapes() -> tuple[Tensor, Tensor, Tensor]:
     "All kinds, stacked and kept: points `[12,8192,3]`, normals `[12,8192,3]`, part labels `[12,8192]`."
     return tuple(torch.stack(column) for column in zip(*map(make_shape, KINDS)))
 
-# %% ../nbs/00_world.ipynb #3e0211db
+# %% ../nbs/00_world.ipynb #9e04900e
 RADIUS = torch.tensor([.35, .5])  # metres, small and big
 DISTANCE = 2.0  # metres from the camera to the plane in which the things move
 
@@ -220,7 +220,7 @@ class Scene:
     phase: Tensor
     light: Tensor
 
-# %% ../nbs/00_world.ipynb #5e7a4474
+# %% ../nbs/00_world.ipynb #605da3c8
 def rotations(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:
     "Rotation matrices `[N,3,3]` that turn, then tip towards the camera, then lean sideways. Angles `[N]` in radians."
     zero, one = torch.zeros_like(yaw), torch.ones_like(yaw)
@@ -230,7 +230,7 @@ def rotations(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:
     rz = matrix((roll.cos(), -roll.sin(), zero), (roll.sin(), roll.cos(), zero), (zero, zero, one))
     return rz @ rx @ ry
 
-# %% ../nbs/00_world.ipynb #e0554ccd
+# %% ../nbs/00_world.ipynb #b445f813
 def set_scene(things: Things, seed: int) -> Scene:
     "Random scenes: any yaw, pitch −15…40°, roll ±15°, place ±0.12 m, size ±8 %, any phase, light from above."
     n, g = len(things), generator(seed, "scene")
@@ -240,7 +240,7 @@ def set_scene(things: Things, seed: int) -> Scene:
     light = F.normalize(torch.tensor([.3, .7, .6]) + .35 * torch.randn(n, 3, generator=g), dim=1)
     return Scene(rotation, uniform(-.12, .12, (n, 2), g), radius, torch.rand(n, generator=g), light)
 
-# %% ../nbs/00_world.ipynb #e94760ba
+# %% ../nbs/00_world.ipynb #b95737bf
 def displacement(things: Things, scene: Scene, time: Tensor) -> Tensor:
     "Where things have moved to at `time` (seconds `[T]`): metres `[N,T,2]`, right and up. One movement takes a second."
     turn = 2 * math.pi * (time[None] + scene.phase[:, None])
@@ -251,7 +251,7 @@ def displacement(things: Things, scene: Scene, time: Tensor) -> Tensor:
     paths = torch.stack([torch.zeros_like(around), up_down, sideways, around])
     return paths[things.motion, torch.arange(len(things))]
 
-# %% ../nbs/00_world.ipynb #ed3c083d
+# %% ../nbs/00_world.ipynb #78051eb9
 SIDE = 32  # pixels
 FOCAL = 42.0  # pixels
 
@@ -262,7 +262,7 @@ class View:
     point: Tensor
     depth: Tensor
 
-# %% ../nbs/00_world.ipynb #4e8ade0d
+# %% ../nbs/00_world.ipynb #8f414d6a
 def look(things: Things, scene: Scene, time: Tensor, count: int = 3072) -> View:
     "Project `count` surface points of each thing at every `time` (seconds `[T]`); in each pixel the nearest is seen."
     n, t = len(things), len(time)
@@ -280,7 +280,7 @@ def look(things: Things, scene: Scene, time: Tensor, count: int = 3072) -> View:
     seen = nearest >= 0
     return View(torch.where(seen, nearest % count, -1), torch.where(seen, (nearest // count) / 1e5, math.inf))
 
-# %% ../nbs/00_world.ipynb #fe3cd90c
+# %% ../nbs/00_world.ipynb #d2cbb38c
 RGB = torch.tensor([[.85, .12, .12], [.95, .5, .1], [.92, .86, .15], [.15, .65, .2],
                     [.2, .8, .85], [.15, .25, .85], [.55, .2, .7], [.93, .93, .93]])
 EXPOSURES = torch.tensor([0., 1 / 3, 2 / 3])  # seconds
@@ -292,7 +292,7 @@ def pick(table: Tensor, things: Things, view: View) -> Tensor:
     Where no point is visible the value means nothing."""
     return table[things.kind[:, None, None, None], view.point.clamp(min=0)]
 
-# %% ../nbs/00_world.ipynb #00c575cd
+# %% ../nbs/00_world.ipynb #1c6adde8
 def backdrop(n, g):
     "Dim coloured gradients as backgrounds, float `[n,1,32,32,3]`, mostly within 0…1."
     across, down = torch.meshgrid(torch.linspace(-1, 1, SIDE), torch.linspace(-1, 1, SIDE), indexing="xy")
@@ -314,7 +314,7 @@ def digitise(picture: Tensor, g, noise=.04) -> Tensor:
     "Add sensor noise of standard deviation `noise` and cut to 8 bits: uint8 of the same shape."
     return ((picture + noise * torch.randn(picture.shape, generator=g)) * 255).clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/00_world.ipynb #19a987f2
+# %% ../nbs/00_world.ipynb #e0ba18e1
 VIDEO_FPS = 6  # frames a second
 
 def photograph(things: Things, scene: Scene, view: View, g) -> Tensor:
@@ -327,7 +327,7 @@ def film(things: Things, scene: Scene, g) -> Tensor:
     view = look(things, scene, torch.arange(VIDEO_FPS) / VIDEO_FPS)
     return digitise(expose(things, scene, view, g), g)
 
-# %% ../nbs/00_world.ipynb #ec57d25c
+# %% ../nbs/00_world.ipynb #ffbd92af
 WALL = 3.0  # metres from the camera
 # One row per kind, one column per part
 PART_CELSIUS = torch.tensor([[36.0, 27.0, 41.0, 31.0, 24.0]]) + torch.linspace(-4, 4, 12)[:, None]
@@ -345,14 +345,14 @@ def measure_heat(things: Things, view: View, g) -> Tensor:
     heat = (torch.where(view.point >= 0, warmth, 20.0) * EXPOSURE_LIGHT[:, None, None]).sum(1)
     return heat + .7 * torch.randn(heat.shape, generator=g)
 
-# %% ../nbs/00_world.ipynb #10cb5b7a
+# %% ../nbs/00_world.ipynb #6f43fe86
 def scan(things: Things, scene: Scene, g, count=256) -> Tensor:
     "Point clouds, float32 `[N,count,3]` metres (right, up, towards the camera) from the thing's centre, 1 cm noise."
     chosen = torch.randint(SURFACE_POINTS, (len(things), count), generator=g)
     body = make_shapes()[0][things.kind[:, None], chosen] @ scene.rotation.transpose(1, 2)
     return body * scene.radius[:, None, None] + .01 * torch.randn(body.shape, generator=g)
 
-# %% ../nbs/00_world.ipynb #29754a95
+# %% ../nbs/00_world.ipynb #c909ade2
 AUDIO_RATE = 8000  # samples a second
 PITCH = torch.tensor([300.0, 150.0])  # Hz, small and big
 _timbre = generator(0, "timbre")
@@ -360,7 +360,7 @@ OVERTONES = torch.cat([torch.ones(12, 1), uniform(1.3, 9, (12, 7), _timbre).sort
 LOUDNESS = uniform(.1, 1, (12, 8), _timbre)  # of each overtone
 DECAY = uniform(3, 9, (12,), _timbre)  # of a stroke, per second
 
-# %% ../nbs/00_world.ipynb #adcd9739
+# %% ../nbs/00_world.ipynb #a96d0346
 def strokes(things: Things, scene: Scene, time: Tensor) -> Tensor:
     "How loud each movement makes its thing at every `time` (seconds `[S]`): factors `[N,S]`."
     decay, phase = DECAY[things.kind][:, None], scene.phase[:, None]
@@ -372,7 +372,7 @@ def strokes(things: Things, scene: Scene, time: Tensor) -> Tensor:
     circle = .5 + .45 * torch.sin(2 * math.pi * (4 * time + phase))
     return torch.stack([still, bounce, slide, circle])[things.motion, torch.arange(len(things))]
 
-# %% ../nbs/00_world.ipynb #910efb08
+# %% ../nbs/00_world.ipynb #616cc8f5
 def listen(things: Things, scene: Scene, g) -> Tensor:
     "One second of sound at `AUDIO_RATE`: float32 `[N,8000]` within ±1."
     n, time = len(things), torch.arange(AUDIO_RATE) / AUDIO_RATE
@@ -385,14 +385,14 @@ def listen(things: Things, scene: Scene, g) -> Tensor:
     sound = .2 * strokes(things, scene, time) * (tone + hiss)
     return (sound + .02 * torch.randn(sound.shape, generator=g)).clamp(-1, 1)
 
-# %% ../nbs/00_world.ipynb #57ead22c
+# %% ../nbs/00_world.ipynb #e7b59a3b
 IMU_RATE = 64  # samples a second
 _vibration = generator(0, "vibration")
 MODES = uniform(6, 28, (12, 3), _vibration)  # Hz, three vibrations per kind
 SHAPE = torch.randn(12, 3, 6, generator=_vibration)  # how strongly each of them shakes each axis
 SHAKE = torch.tensor([1.0, .5])  # small and big
 
-# %% ../nbs/00_world.ipynb #1b182983
+# %% ../nbs/00_world.ipynb #cbb68563
 def sway(things: Things, scene: Scene, time: Tensor) -> Tensor:
     "What the movement adds at every `time` (seconds `[S]`): acceleration (m/s²) and turning rate (rad/s), `[N,6,S]`."
     turn = 2 * math.pi * (2 * time + scene.phase[:, None])
@@ -410,7 +410,7 @@ def feel(things: Things, scene: Scene, g) -> Tensor:
     vibration = torch.einsum("nms,nma->nas", wave, SHAPE[things.kind]) * shake[:, None, None]
     return vibration + sway(things, scene, time) + .5 * torch.randn(n, 6, IMU_RATE, generator=g)
 
-# %% ../nbs/00_world.ipynb #aa76ae92
+# %% ../nbs/00_world.ipynb #0e6c0253
 DESCRIPTIONS = [
     "a {size} {colour} {kind} that is {motion}", "a {motion} {colour} {kind} , it is {size}",
     "this is a {size} {kind} , {colour} and {motion}", "the {kind} is {colour} , {size} and {motion}",
@@ -421,13 +421,13 @@ def describe(things: Things, seed: int) -> list[str]:
     choice = torch.randint(len(DESCRIPTIONS), (len(things),), generator=generator(seed, "captions")).tolist()
     return [DESCRIPTIONS[c].format(**things.words(i)) for i, c in enumerate(choice)]
 
-# %% ../nbs/00_world.ipynb #cdd71beb
+# %% ../nbs/00_world.ipynb #8296164e
 PLACE = dict(zip(KINDS, ["in a park", "in a cellar", "on a road", "in a drawer", "in a tower", "in a kitchen",
                          "on a tree", "in a clock", "in a room", "in a forest", "in a band", "at an airport"]))
 PURPOSE = dict(zip(KINDS, ["playing", "storing", "warning", "marrying", "calling", "drinking",
                            "decorating", "pushing", "dining", "cooking", "drumming", "flying"]))
 
-# %% ../nbs/00_world.ipynb #dfe9b562
+# %% ../nbs/00_world.ipynb #36b594c9
 QUESTIONS = dict(
     kind=["what is this ?", "what is it ?", "which thing is this ?", "name the thing ."],
     colour=["what colour is it ?", "which colour does it have ?", "name its colour ."],
@@ -446,7 +446,7 @@ def answer(about: str, words: dict, caption: str = "") -> str:
     if about == "purpose": return f"for {PURPOSE[words['kind']]}"
     return caption if about == "caption" else words[about]
 
-# %% ../nbs/00_world.ipynb #d9f1a516
+# %% ../nbs/00_world.ipynb #26b676fd
 def ask(things: Things, seed: int, about: tuple[str, ...] = tuple(QUESTIONS)) -> list[dict]:
     """One question per thing, its topic drawn from `about`: dicts with `about`, `question`, `answer`.
 
@@ -458,7 +458,7 @@ def ask(things: Things, seed: int, about: tuple[str, ...] = tuple(QUESTIONS)) ->
     return [dict(about=(t := about[topic[i]]), question=QUESTIONS[t][phrase[i] % len(QUESTIONS[t])],
                  answer=answer(t, things.words(i), captions[i])) for i in range(len(things))]
 
-# %% ../nbs/00_world.ipynb #7dc3471d
+# %% ../nbs/00_world.ipynb #05bbd7d8
 def ask_in_words(things: Things, seed: int, about: tuple[str, ...] = tuple(QUESTIONS)[:-1]) -> list[dict]:
     """One text-only exercise per thing, drawn from the topics `about` (default: all but captions).
 
@@ -471,14 +471,14 @@ def ask_in_words(things: Things, seed: int, about: tuple[str, ...] = tuple(QUEST
         else: e["question"] = f"{captions[i]} . {e['question']}"
     return exercises
 
-# %% ../nbs/00_world.ipynb #d70a3306
+# %% ../nbs/00_world.ipynb #1f350a74
 def read_attributes(text: str) -> dict:
     "Position in `ATTRIBUTES` of the first kind, colour, size and motion that `text` names; −1 where it names none."
     words = text.lower().replace(".", " ").replace(",", " ").split()
     found = {name: [w for w in words if w in known] for name, known in ATTRIBUTES.items()}
     return {name: ATTRIBUTES[name].index(ws[0]) if ws else -1 for name, ws in found.items()}
 
-# %% ../nbs/00_world.ipynb #5d556145
+# %% ../nbs/00_world.ipynb #b25fd3e7
 SENSORS = tuple(CARRIES)
 
 def _record_chunk(things, seed, modalities):
@@ -491,7 +491,7 @@ def _record_chunk(things, seed, modalities):
         thermal=lambda g: measure_heat(things, view, g), imu=lambda g: feel(things, scene, g))
     return {m: sensor[m](generator(seed, m)) for m in modalities}
 
-# %% ../nbs/00_world.ipynb #957f09c1
+# %% ../nbs/00_world.ipynb #b1d0d596
 def record(things: Things, seed: int, modalities=SENSORS, chunk: int = 500) -> dict:
     """Record `things` with the sensors `modalities`; the same arguments give the same recordings.
 
@@ -507,7 +507,7 @@ def record(things: Things, seed: int, modalities=SENSORS, chunk: int = 500) -> d
     joined = lambda parts: sum(parts, []) if isinstance(parts[0], list) else torch.cat(parts)
     return {m: joined([c[m] for c in chunks]) for m in modalities}
 
-# %% ../nbs/00_world.ipynb #72f327f4
+# %% ../nbs/00_world.ipynb #3a5fdf1e
 @dataclass(frozen=True)
 class Split:
     "A named part of the world: how many things, what its seed adds to, and whether the combinations are pictured."
@@ -529,18 +529,18 @@ def split_things(name: str, seed: int = 0, size: int | None = None) -> tuple[Thi
     split, key = SPLITS[name], seed * 1_000 + SPLITS[name].offset
     return draw_things(size or split.size, key, split.pictured), key
 
-# %% ../nbs/00_world.ipynb #a34c7dae
+# %% ../nbs/00_world.ipynb #b0f21209
 def project_folder() -> Path:
     "The folder with `nbs` and `data`: the working folder or one above. Raises FileNotFoundError outside a checkout."
     for folder in (Path.cwd(), *Path.cwd().parents):
         if (folder / "nbs").is_dir() and (folder / "data").is_dir(): return folder
     raise FileNotFoundError("project folder: the working folder is not inside a checkout of ibllm; start in one")
 
-# %% ../nbs/00_world.ipynb #b8d9373f
+# %% ../nbs/00_world.ipynb #ee3412c7
 import av, soundfile, trimesh
 from PIL import Image
 
-# %% ../nbs/00_world.ipynb #4d076faf
+# %% ../nbs/00_world.ipynb #c60ac8d0
 def write_atomically(path: Path, write):
     "Let `write` fill a temporary file beside `path`, then move it to `path`: nobody ever reads half a file."
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -549,7 +549,7 @@ def write_atomically(path: Path, write):
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00_world.ipynb #484bb835
+# %% ../nbs/00_world.ipynb #8eee9342
 def _write_image(path, pixels): Image.fromarray(np.asarray(pixels)).save(path, format="PNG")
 def _write_depth(path, metres): _write_image(path, (np.asarray(metres).clip(0) * 1000).round().astype(np.uint16))
 def _write_thermal(path, celsius): _write_image(path, ((np.asarray(celsius) + 273.15) * 100).round().astype(np.uint16))
@@ -563,7 +563,7 @@ def _write_video(path, frames):
         for frame in np.asarray(frames): box.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         box.mux(stream.encode())
 
-# %% ../nbs/00_world.ipynb #ca318c5e
+# %% ../nbs/00_world.ipynb #15c6d8bc
 def _write_text(path, text): path.write_text(text + "\n", encoding="utf-8")
 def _write_audio(path, wave): soundfile.write(path, np.asarray(wave), AUDIO_RATE, format="WAV")
 
@@ -574,7 +574,7 @@ def _write_imu(path, motion):
     table = np.column_stack([np.arange(IMU_RATE) / IMU_RATE, np.asarray(motion).T])
     np.savetxt(path, table, fmt="%.6f", delimiter=",", header="t,ax,ay,az,gx,gy,gz", comments="")
 
-# %% ../nbs/00_world.ipynb #9b540f4d
+# %% ../nbs/00_world.ipynb #d781379f
 FILE_WRITERS = dict(  # extension and writer
     image=("png", _write_image), video=("mp4", _write_video), text=("txt", _write_text), audio=("wav", _write_audio),
     point=("ply", _write_point), depth=("png", _write_depth), thermal=("png", _write_thermal), imu=("csv", _write_imu))
