@@ -6,7 +6,7 @@
 __all__ = ['WIDE', 'sample_inputs', 'neighbours', 'draw_neighbours', 'next_tokens', 'draw_next_tokens', 'draw_view', 'SenseRow',
            'CacheRow', 'Explorer']
 
-# %% ../nbs/11_explorer.ipynb #f6bae684
+# %% ../nbs/11_explorer.ipynb #5c946d56
 import io, math
 from contextlib import closing
 from html import escape
@@ -26,7 +26,7 @@ from .figures import PAGE
 from .model import ImageBindLLM
 from .world import SENSORS
 
-# %% ../nbs/11_explorer.ipynb #161002e1
+# %% ../nbs/11_explorer.ipynb #1affc1bb
 def sample_inputs(folder: str | Path) -> dict[str, dict[str, Path]]:
     """`{thing: {sense: path}}` of the files in `folder` that are called like `bell_audio.wav`; others are passed over.
 
@@ -38,7 +38,7 @@ def sample_inputs(folder: str | Path) -> dict[str, dict[str, Path]]:
     if not samples: raise ValueError(f"folder: {str(folder)!r} has no samples, wants files called like bell_audio.wav")
     return samples
 
-# %% ../nbs/11_explorer.ipynb #f6eee972
+# %% ../nbs/11_explorer.ipynb #ffdc0471
 def neighbours(model: ImageBindLLM, inputs: dict, k: int = 10, temperature: float = 20.0) -> Retrieved:
     """The `k` memories most similar to the mix of `inputs`: ids, similarities and softmax weights, each [1, k].
 
@@ -46,7 +46,7 @@ def neighbours(model: ImageBindLLM, inputs: dict, k: int = 10, temperature: floa
     if model.cache is None: raise ValueError("model: got one without a cache, wants a `VisualCache` in `model.cache`")
     return model.cache.retrieve(model.prepare(inputs, cache=False), k, temperature)
 
-# %% ../nbs/11_explorer.ipynb #0172f7cc
+# %% ../nbs/11_explorer.ipynb #cf65d974
 def draw_neighbours(axes, found: Retrieved):
     "Softmax weights as bars and similarities as dots, most similar memory first."
     rank = range(1, found.ids.shape[1] + 1)
@@ -56,7 +56,7 @@ def draw_neighbours(axes, found: Retrieved):
     axes.set(xlabel="memory, most similar first", ylim=(min(0, found.similarities.min().item()) * 1.1, 1.02))
     axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(.5, 1), title="neighbours in the cache")
 
-# %% ../nbs/11_explorer.ipynb #f34abf5d
+# %% ../nbs/11_explorer.ipynb #9e9ec4f3
 @torch.no_grad()
 def next_tokens(model: ImageBindLLM, inputs: dict, question: str, scales=(0.0, 1.0), cache: dict | bool | None = None,
                 count: int = 6) -> tuple[list[str], Tensor]:
@@ -73,7 +73,7 @@ def next_tokens(model: ImageBindLLM, inputs: dict, question: str, scales=(0.0, 1
     ids = probabilities.amax(dim=0).topk(count).indices
     return [model.tokenizer.decode([i]) for i in ids.tolist()], probabilities[:, ids]
 
-# %% ../nbs/11_explorer.ipynb #a37b1181
+# %% ../nbs/11_explorer.ipynb #c65dc92a
 def draw_next_tokens(axes, tokens: list[str], probabilities: Tensor, scales):
     "Horizontal bars: the probability of each token, one colour per scale of the injection."
     height, places = .8 / len(scales), np.arange(len(tokens))
@@ -86,7 +86,7 @@ def draw_next_tokens(axes, tokens: list[str], probabilities: Tensor, scales):
     axes.invert_yaxis()
     axes.legend(frameon=False, loc="lower right")
 
-# %% ../nbs/11_explorer.ipynb #eeb1d98f
+# %% ../nbs/11_explorer.ipynb #6ceb1621
 def draw_view(model: ImageBindLLM, inputs: dict, question: str, cache: dict | bool = False, scale: float = 1.0,
               title: str = "") -> Figure:
     """Neighbours in the cache, and the next token without the feature and with it at `scale`.
@@ -100,7 +100,7 @@ def draw_view(model: ImageBindLLM, inputs: dict, question: str, cache: dict | bo
     if title: figure.suptitle(title, parse_math=False)
     return figure
 
-# %% ../nbs/11_explorer.ipynb #7c62f36c
+# %% ../nbs/11_explorer.ipynb #98b160a7
 WIDE = {"description_width": "initial"}  # a label is never cut off
 
 
@@ -122,7 +122,7 @@ class SenseRow(HBox):
         self.choice.options = (*self.choice.options, *added)
         if added: self.choice.index = len(self.choice.options) - 1
 
-# %% ../nbs/11_explorer.ipynb #a7514510
+# %% ../nbs/11_explorer.ipynb #0f015de3
 class CacheRow(HBox):
     "Switch and settings of the model's cache; without a cache all of them are disabled."
 
@@ -141,7 +141,7 @@ class CacheRow(HBox):
         if not self.use.value: return False
         return dict(k=self.k.value, temperature=self.temperature.value, weight=self.weight.value)
 
-# %% ../nbs/11_explorer.ipynb #5f3234d2
+# %% ../nbs/11_explorer.ipynb #e65394fc
 class Explorer(VBox):
     """Controls for `model`: recording and weight for each sense, question, cache, injection; answers and charts below.
 
@@ -167,7 +167,7 @@ class Explorer(VBox):
 
     def __repr__(self): return f"Explorer({', '.join(self.senses)})"
 
-# %% ../nbs/11_explorer.ipynb #47d4bdd9
+# %% ../nbs/11_explorer.ipynb #4e30e90b
 @patch
 def _rows(self: Explorer) -> list:
     "The controls from top to bottom."
@@ -183,7 +183,7 @@ def _connect(self: Explorer):
     weights = [row.weight for row in self.senses.values()]
     for control in (*weights, *self.cache.children, self.scale): control.observe(self.ask, names="value")
 
-# %% ../nbs/11_explorer.ipynb #d887b6de
+# %% ../nbs/11_explorer.ipynb #94cf25b6
 @patch
 def request(self: Explorer) -> dict:
     "Arguments of `draw_view` that the controls stand for: inputs, question, cache and scale."
@@ -207,7 +207,7 @@ def stop(self: Explorer, *_):
     "Let the answer under way end after its next piece; returns at once."
     self.stopped.set()
 
-# %% ../nbs/11_explorer.ipynb #b0afb413
+# %% ../nbs/11_explorer.ipynb #ce31d800
 @patch
 def _stream(self: Explorer, box: HTML, inputs: dict, question: str, cache: dict | bool, stopped: Event):
     "Write one answer into `box`, piece by piece, until it ends or `stopped` is set."
@@ -232,7 +232,7 @@ def _answer(self: Explorer, request: dict, stopped: Event):
     draw_view(self.model, **request).savefig(picture, format="png", dpi=110)
     self.picture.value = picture.getvalue()
 
-# %% ../nbs/11_explorer.ipynb #7f910144
+# %% ../nbs/11_explorer.ipynb #22ad8a08
 @patch
 def _work(self: Explorer, request: dict, stopped: Event, previous: Thread | None):
     "What the thread does: wait for the one before, answer, and say how it went."
