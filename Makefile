@@ -1,17 +1,19 @@
-# make reproduce   run the walkthrough at full length: trains everything, refreshes data/ and figures/, prints the answers
+# make reproduce   run the walkthrough's first five notebooks at full length: trains everything, refreshes data/ and
+#                  figures/, prints the answers (the sixth writes a file of 5 GB; the seventh is for the hand)
 # make test        every test and every notebook, with shortened training (IBLLM_QUICK=1, set in conftest.py)
 # make check       the quick part of it: the tests without the notebooks
 # make lab         open the walkthrough in JupyterLab
+# make explore     open the explorer as a page of its own, without a notebook around it
 # make readme      write README.md from nbs/index.ipynb
 # Each needs only Python 3.10 or newer and git, and makes its own .venv on first use.
 
 PYTHON ?= python3
 BIN ?= .venv/bin
 README ?= README.md
-WALKTHROUGH := $(sort $(wildcard nbs/walkthrough/*.ipynb))
+WALKTHROUGH := $(sort $(wildcard nbs/walkthrough/0[1-5]_*.ipynb))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: reproduce test check lab readme
+.PHONY: reproduce test check lab explore chromium readme
 
 reproduce: .venv/.done
 	for notebook in $(WALKTHROUGH); do \
@@ -25,7 +27,7 @@ reproduce: .venv/.done
 	$(BIN)/python -m json.tool --no-ensure-ascii data/results/answers.json
 	@echo 'The bell above was seen, heard and felt. Next: make lab opens the walkthrough; figures/ and data/results/ hold what it measured.'
 
-test: .venv/.done
+test: .venv/.done chromium
 	$(BIN)/python -m pytest tests nbs --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
 	  --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
@@ -33,7 +35,16 @@ check: .venv/.done
 	$(BIN)/python -m pytest
 
 lab: .venv/.done
-	$(BIN)/jupyter lab $(firstword $(WALKTHROUGH))
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(firstword $(WALKTHROUGH))
+
+explore: .venv/.done
+	$(BIN)/voila nbs/explore.ipynb
+
+# The explorer is tested in Chromium. Root on Debian gets it here; who has none sees those tests skipped, with the reason.
+chromium:
+	@if ! command -v chromium && [ "$$(id -u)" = 0 ] && command -v apt-get; then \
+	  apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium || true; fi > /dev/null
 
 readme: .venv/.done
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --no-input --stdout nbs/index.ipynb | \
@@ -42,4 +53,5 @@ readme: .venv/.done
 .venv/.done: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	.venv/bin/python -m pip install -q -c constraints.txt --no-deps open-clip-torch  # the tests take CLIP's vocabulary from it
 	touch $@

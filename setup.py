@@ -19,7 +19,7 @@ setup(
     license=settings["license"],
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("gpu", "dev")},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("gpu", "exr", "dev")},
     packages=["ibllm", "ibllm.data"],
     package_dir={"ibllm.data": "data"},
     package_data={"ibllm": ["*.mplstyle"], "ibllm.data": ["toyland/**"]},
