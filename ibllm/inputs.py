@@ -9,9 +9,10 @@ __all__ = ['LOADERS', 'PictureConfig', 'SoundTextConfig', 'SensorConfig', 'Input
 
 # %% ../nbs/01_inputs.ipynb #696bfe41
 import html, io, math, os, re, warnings, zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields
 from functools import lru_cache, wraps
+from itertools import chain
 
 import av
 import numpy as np
@@ -91,8 +92,11 @@ class InputError(ValueError):
 # %% ../nbs/01_inputs.ipynb #fbbaefb6
 @contextmanager
 def _reading(name, wanted):
-    "Turn whatever a library raises about a file into one line that names it."
-    try: yield
+    "Turn whatever a library raises about a file into one line that names it, and hide its warnings."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except InputError: raise
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -118,10 +122,11 @@ def _opened(source, wanted):
     elif hasattr(source, "read"): file = source
     else: raise TypeError(f"got {type(source).__name__}; give {wanted} as a path, an open file, bytes or an array")
     if isinstance(file, io.TextIOBase): raise InputError(f"{name}: opened as text; open {wanted} with mode 'rb'")
-    if not file.seekable(): file = io.BytesIO(file.read(MAX_BYTES))
-    start = file.tell()
-    empty = not file.read(1)
-    file.seek(start)
+    with _reading(name, wanted):
+        if not file.seekable(): file = io.BytesIO(file.read(MAX_BYTES))
+        start = file.tell()
+        empty = not file.read(1)
+        file.seek(start)
     try:
         if empty: raise InputError(f"{name}: empty; give {wanted}")
         yield name, file
@@ -130,10 +135,11 @@ def _opened(source, wanted):
 
 # %% ../nbs/01_inputs.ipynb #e8403c68
 MAX_BYTES = 128 * 2**20  # of a file that is read at once, and of what an archive unpacks to
-MAX_PIXELS = 2**25       # of one video frame or map
+MAX_TEXT = 32 * 2**20    # of numbers written as text
+MAX_PIXELS = 2**25       # of one video frame or map; a picture may have twice as many
 MAX_ASPECT = 50          # long side over short side
 
-
+# %% ../nbs/01_inputs.ipynb #537ae270
 def _read_bytes(source, wanted):
     "(name, contents) of a source that is read at once."
     with _opened(source, wanted) as (name, file):
@@ -149,7 +155,16 @@ def _array(source):
         return (source.float() if source.dtype == torch.bfloat16 else source).numpy()
     return source if isinstance(source, np.ndarray) else None
 
+
+def _float32(array):
+    "A float32 copy; what is too large for it becomes infinite, which every loader refuses or passes over."
+    with np.errstate(over="ignore"): return np.array(array, np.float32)
+
 # %% ../nbs/01_inputs.ipynb #5db5b139
+def _check_text(data):
+    if len(data) > MAX_TEXT: raise ValueError(f"more than {MAX_TEXT >> 20} MB of text; save it as npy")
+
+
 def _check_sides(name, height, width, most=math.inf):
     "Refuse pictures whose short side could not be scaled, or that are too large."
     if max(height, width) > MAX_ASPECT * min(height, width):
@@ -194,17 +209,16 @@ def _in_slices(convert, batch):
 def _open_picture(name, data, wanted):
     "The PIL image of a file's contents, not yet decoded. EPS is left out: reading it means running a program."
     Image.init()
-    with _reading(name, wanted), warnings.catch_warnings():
+    with _reading(name, wanted):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try: return Image.open(io.BytesIO(data), formats=[kind for kind in Image.ID if kind != "EPS"])
         except UnidentifiedImageError: raise ValueError("no known picture format") from None
 
 
-def _decode_picture(name, image, wanted):
+def _decode_picture(name, image, wanted, most=2 * MAX_PIXELS):
     "The picture upright, in its own mode."
-    _check_sides(name, image.height, image.width)
-    with _reading(name, wanted), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    _check_sides(name, image.height, image.width, most)
+    with _reading(name, wanted):
         image.load()
         return ImageOps.exif_transpose(image)
 
@@ -223,11 +237,13 @@ def _to_rgb(image):
 def _uint8(pixels):
     "8-bit pixels of uint8, uint16 (65,535 is white) or floats in [0, 1]."
     if pixels.dtype == np.uint8: return pixels
-    if pixels.dtype == np.uint16: return (pixels / 257).round().astype(np.uint8)
-    low, high = (pixels.min(), pixels.max()) if pixels.dtype.kind in "fiu" and pixels.size else (-1, -1)
+    if pixels.dtype == np.uint16: return ((pixels + np.uint32(128)) // 257).astype(np.uint8)
+    wanted = "expected uint8, uint16, or floats in [0, 1]"
+    if pixels.dtype.kind not in "fiu": raise ValueError(f"pixels of {pixels.dtype}; {wanted}")
+    low, high = pixels.min(), pixels.max()
     if pixels.dtype.kind == "f" and 0 <= low <= high <= 1: return (pixels * 255).round().astype(np.uint8)
     if pixels.dtype.kind in "iu" and 0 <= low <= high <= 255: return pixels.astype(np.uint8)
-    raise ValueError(f"pixels of {pixels.dtype} from {low} to {high}; expected uint8, uint16, or floats in [0, 1]")
+    raise ValueError(f"pixels of {pixels.dtype} from {low} to {high}; {wanted}")
 
 # %% ../nbs/01_inputs.ipynb #44d8088d
 def _scaled(height, width, size):
@@ -258,13 +274,13 @@ def _pixel_tensor(pixels, config):
 def _image_array(pixels):
     "uint8 [B, H, W, 3] of an array of pictures."
     shape = pixels.shape
-    with _reading("image array", "pictures"): pixels = _uint8(pixels)
     if pixels.ndim == 2: pixels = pixels[..., None]
     if pixels.ndim == 3: pixels = pixels[None]
     if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3, 4) or 0 in shape:
         hint = ": channels go last" if len(shape) > 2 and shape[-3] in (1, 3) else ""
         raise InputError(f"image array of shape {shape}; expected [H, W], [H, W, 3] or [B, H, W, 3]{hint}")
     _check_sides("image array", *pixels.shape[1:3])
+    with _reading("image array", "pictures"): pixels = _uint8(pixels)
     return np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels[..., :3]
 
 # %% ../nbs/01_inputs.ipynb #2e40892f
@@ -283,8 +299,8 @@ def load_image(source, config=InputConfig()):
     """Pictures as normalised float32 [B, 3, image_size, image_size].
 
     Args:
-        source: a path, an open file, bytes or a PIL image of any kind Pillow reads; an array [H, W], [H, W, C] or
-            [B, H, W, C] of 1, 3 or 4 channels (uint8, uint16, or floats in [0, 1]); or a list of these.
+        source: a path, an open file, bytes or a PIL image of any kind Pillow itself reads; an array [H, W],
+            [H, W, C] or [B, H, W, C] of 1, 3 or 4 channels (uint8, uint16, or floats in [0, 1]); or a list of these.
     Raises:
         ValueError: not a picture, damaged, too large or too long; an array of another shape or range.
     """
@@ -383,9 +399,19 @@ def _log_mel_clips(name, waves, rate, config):
 
 # %% ../nbs/01_inputs.ipynb #091efb64
 MAX_SAMPLES = 30 * 60 * 48_000  # of one sound: half an hour at 48 kHz
-SAFE = {"protocol_whitelist": "pipe"}
+SAFE = {"protocol_whitelist": "pipe", "max_pixels": str(MAX_PIXELS)}
 
 
+class _Contents:
+    "An open file as decoders get it: no name to guess from, and seeking to before its start is no exception."
+
+    def __init__(self, file): self.file, self.read, self.tell = file, file.read, file.tell
+
+    def seek(self, offset, whence=0):
+        try: return self.file.seek(offset, whence)
+        except (OSError, ValueError): return -1
+
+# %% ../nbs/01_inputs.ipynb #442b865d
 def _check_sound(name, samples, rate):
     _check_rate(name, rate, 1000, 768_000)
     if rate != int(rate): raise InputError(f"{name}: a rate of {rate}; expected a whole number")
@@ -397,14 +423,14 @@ def _check_whole(name, found, claimed, slack):
     if found + slack < claimed:
         raise InputError(f"{name}: cut off after {found:g} of {claimed:g} s; give a whole sound")
 
-# %% ../nbs/01_inputs.ipynb #442b865d
+# %% ../nbs/01_inputs.ipynb #46c12fa3
 def _read_wave(name, file, claimed):
     "(float32 [samples] of the first channel, rate) by libsndfile, of a file that claims so many bytes."
     start = file.tell()
     if 0 < claimed - (file.seek(0, 2) - start) < 2**32 - 2**20:
         raise InputError(f"{name}: cut off; the file claims {claimed} bytes")
     file.seek(start)
-    with soundfile.SoundFile(file) as sound:
+    with soundfile.SoundFile(_Contents(file)) as sound:
         _check_sound(name, sound.frames, sound.samplerate)
         if sound.channels > 64: raise InputError(f"{name}: {sound.channels} channels; expected 64 at most")
         pieces = [block[:, 0].copy() for block in sound.blocks(2**16, dtype="float32", always_2d=True)]
@@ -415,7 +441,7 @@ def _read_wave(name, file, claimed):
 # %% ../nbs/01_inputs.ipynb #dab0b982
 def _read_track(name, file):
     "(float32 [samples] of the first channel, rate) of the first sound track, by PyAV."
-    with _reading(name, "a sound"), av.open(file, options=SAFE) as container:
+    with _reading(name, "a sound"), av.open(_Contents(file), options=SAFE) as container:
         if not container.streams.audio:
             raise InputError(f"{name}: has no sound track; give a sound, or a video with one")
         stream, planar, pieces, samples = container.streams.audio[0], av.AudioResampler(format="fltp"), [], 0
@@ -448,7 +474,8 @@ def _sound_array(array):
         raise InputError(f"audio array of shape {array.shape}; expected {shapes}")
     waves = array[:, 0] if array.ndim == 3 else np.atleast_2d(array)
     if waves.dtype in (np.int16, np.int32): return waves.astype(np.float32) / -float(np.iinfo(waves.dtype).min)
-    if waves.dtype.kind == "f": return waves.astype(np.float32, copy=False)
+    if waves.dtype == np.float32: return waves
+    if waves.dtype.kind == "f": return _float32(waves)
     raise InputError(f"audio array of {waves.dtype}; expected floats in [-1, 1], int16 or int32")
 
 
@@ -498,15 +525,24 @@ def clip_frames(times, duration, config=InputConfig()):
     return (first[:, None] + np.floor(share * (last - first)[:, None] + 1e-9)).astype(int)
 
 # %% ../nbs/01_inputs.ipynb #aa44f553
-def _video_tensor(pixels, config):
-    "Normalised float32 [B, clips * crops, 3, frames, size, size] of uint8 [B, clips * frames, H, W, 3]."
-    batch, _, height, width, _ = pixels.shape
-    size, long = config.image_size, math.floor(max(height, width) / min(height, width) * config.image_size)
-    x = torch.from_numpy(np.ascontiguousarray(pixels)).flatten(0, 1).movedim(-1, 1)
-    x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    if min(height, width) != size:
-        x = F.interpolate(x, (size, long) if height <= width else (long, size), mode="bilinear", align_corners=False)
-    x = _normalize_rgb(x, config).unflatten(0, (batch, config.video_clips, config.video_frames)).transpose(2, 3)
+def _fit_frames(pixels, size):
+    "float32 [N, 3, h, w] in [0, 1] of uint8 [N, H, W, 3], the short side at `size`."
+    height, width = pixels.shape[1:3]
+    long = math.floor(max(height, width) / min(height, width) * size)
+    shape = (size, long) if height <= width else (long, size)
+
+    def fit(part):
+        x = torch.from_numpy(np.ascontiguousarray(part)).movedim(-1, 1)
+        x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        return x if x.shape[2:] == shape else F.interpolate(x, shape, mode="bilinear", align_corners=False)
+    return _in_slices(fit, pixels)
+
+
+def _video_tensor(x, config):
+    "Normalised float32 [B, clips * crops, 3, frames, size, size] of fitted frames [B * clips * frames, 3, h, w]."
+    (height, width), size = x.shape[2:], config.image_size
+    x = _normalize_rgb(x, config).unflatten(0, (-1, config.video_clips, config.video_frames)).transpose(2, 3)
+    long = max(height, width)
     centre = math.ceil((long - size) / 2)
     starts = [0, centre, long - size] if config.video_crops == 3 else [centre]
     along = -1 if height <= width else -2
@@ -521,48 +557,58 @@ def _video_stream(name, container):
     streams[0].thread_type = "AUTO"
     return streams[0]
 
-
+# %% ../nbs/01_inputs.ipynb #3f156214
 def _frame_times(name, container, stream):
-    "(sorted starts of all frames in the stream's unit, the key frames among them, duration in seconds)."
-    packets = sorted((p.pts, p.duration or 0, p.is_keyframe) for p in container.demux(stream) if p.pts is not None)
+    "(sorted starts of all frames in the stream's unit, [start, decoding time] of the key frames, duration in seconds)."
+    packets = sorted((p.pts, p.duration or 0, p.pts if p.dts is None else p.dts, p.is_keyframe)
+                     for p in container.demux(stream) if p.pts is not None)
     if not packets: raise InputError(f"{name}: holds no frames; give a video")
-    starts = np.array([start for start, _, _ in packets])
+    starts = np.array([start for start, *_ in packets])
     last = packets[-1][1] or (np.diff(starts).mean() if len(starts) > 1 else 1)
-    keys = np.array([start for start, _, key in packets if key] or starts[:1])
+    keys = np.array([(start, decoded) for start, _, decoded, key in packets if key] or [starts[[0, 0]]])
     return starts, keys, float((starts[-1] + last - starts[0]) * stream.time_base)
+
+
+def _frames_from(container, stream, key, earliest):
+    "Frames from a key frame on. Containers seek by start, or by decoding time, which is earlier, or are only guessing."
+    for moment in (*key, earliest):
+        container.seek(int(moment), stream=stream)
+        frames = container.decode(stream)
+        first = next(frames, None)
+        if first is not None and first.key_frame and first.pts <= key[0]: return chain([first], frames)
+    return iter(())
 
 # %% ../nbs/01_inputs.ipynb #5eec6234
 MAX_DECODED = 2**32  # pixels, of all frames that must be decoded to reach the wanted ones
 
 
-def _decode(name, container, stream, wanted, keys):
-    "{start: uint8 [H, W, 3]} of the wanted frames, upright."
+def _decode(name, container, stream, wanted, keys, size):
+    "{start: float32 [3, h, w]} of the wanted frames, upright and fitted, so that large ones need little memory."
     found, position, spent = {}, -math.inf, 0
     for start in wanted:
-        key = int(keys[max(np.searchsorted(keys, start, "right") - 1, 0)])
-        if key > position:
-            container.seek(key, stream=stream)
-            frames = container.decode(stream)
+        key = keys[max(np.searchsorted(keys[:, 0], start, "right") - 1, 0)]
+        if key[0] > position: frames = _frames_from(container, stream, key, keys[0, 1])
         for frame in frames:
             spent, position = spent + frame.width * frame.height, frame.pts
             if spent > MAX_DECODED:
                 raise InputError(f"{name}: more than {spent >> 20} million pixels to decode; give a smaller video")
             if position >= start: break
         else: raise InputError(f"{name}: cut off at {float(start * stream.time_base):.2f} s; give a whole video")
-        found[start] = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+        pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+        found[start] = _fit_frames(pixels[None], size)[0]
     return found
 
 # %% ../nbs/01_inputs.ipynb #7185f057
 def _read_video(source, config):
-    "uint8 [clips * frames, H, W, 3]: the wanted frames of a file."
+    "float32 [clips * frames, 3, h, w]: the wanted frames of a file, fitted."
     with (_opened(source, "a video") as (name, file), _reading(name, "a video"),
-          av.open(file, options=SAFE) as container):
+          av.open(_Contents(file), options=SAFE) as container):
         stream = _video_stream(name, container)
         starts, keys, duration = _frame_times(name, container, stream)
         seconds = (starts - starts[0]) * float(stream.time_base)
         wanted = starts[clip_frames(seconds, duration, config).flatten()].tolist()
-        found = _decode(name, container, stream, sorted(set(wanted)), keys)
-        return np.stack([found[start] for start in wanted])
+        found = _decode(name, container, stream, sorted(set(wanted)), keys, config.image_size)
+        return torch.stack([found[start] for start in wanted])
 
 # %% ../nbs/01_inputs.ipynb #e87b2bf1
 def _video_array(pixels, fps):
@@ -590,31 +636,33 @@ def load_video(source, config=InputConfig()):
     film, fps = _with_rate(source, None)
     if film is source:
         if _array(source) is not None: raise TypeError("video array: got no frames per second; give (array, fps)")
-        return _video_tensor(_read_video(source, config)[None], config)
+        return _video_tensor(_read_video(source, config), config)
     pixels = _video_array(film, fps)
     count = pixels.shape[1]
     wanted = clip_frames(np.arange(count) / fps, count / fps, config).flatten()
-    return _in_slices(lambda part: _video_tensor(part[:, wanted], config), pixels)
+
+    def convert(part):
+        return _video_tensor(_fit_frames(part[:, wanted].reshape(-1, *part.shape[2:]), config.image_size), config)
+    return _in_slices(convert, pixels)
 
 # %% ../nbs/01_inputs.ipynb #d231532f
-MAX_CHARACTERS = 1_000_000  # of one text
+MAX_CHARACTERS = 1_000_000  # of one text, or bytes of its file
 
 
 def _read_text(source):
     "The text of a str, or the UTF-8 contents of a file."
-    name, text = "text", source
-    if not isinstance(source, str):
-        name, data = _read_bytes(source, "a text")
-        with _reading(name, "UTF-8 text"): text = data.decode("utf-8-sig")
-    if len(text) > MAX_CHARACTERS:
-        raise InputError(f"{name}: {len(text)} characters; expected {MAX_CHARACTERS} at most")
-    return text
+    name, data = ("text", source) if isinstance(source, str) else _read_bytes(source, "a text")
+    if len(data) > MAX_CHARACTERS:
+        raise InputError(f"{name}: {len(data)} characters; expected {MAX_CHARACTERS} at most")
+    with _reading(name, "UTF-8 text"):
+        text = _clean(data if isinstance(data, str) else data.decode("utf-8-sig"))
+        text.encode()  # fails where half a character was typed
+        return text
 
 
-def _clean(text, config):
+def _clean(text):
     "HTML entities undone twice, white space collapsed (released code)."
-    text = " ".join(html.unescape(html.unescape(text)).split())
-    return text.lower() if config.released_text else text
+    return " ".join(html.unescape(html.unescape(text)).split())
 
 # %% ../nbs/01_inputs.ipynb #e8b9c4dc
 def _check_tokenizer(tokenizer):
@@ -639,7 +687,8 @@ def load_text(source, config=InputConfig(), tokenizer=None):
     start, end = _check_tokenizer(tokenizer)
     if isinstance(source, list) and not source:
         raise ValueError("load_text: got an empty list; give at least one source")
-    texts = [_clean(_read_text(text), config) for text in (source if isinstance(source, list) else [source])]
+    texts = [_read_text(text) for text in (source if isinstance(source, list) else [source])]
+    if config.released_text: texts = [text.lower() for text in texts]
     words = tokenizer(texts, add_special_tokens=False)["input_ids"]
     ids = torch.zeros(len(texts), config.text_length, dtype=torch.long)
     for row, body in zip(ids, words, strict=True):
@@ -653,7 +702,7 @@ def _columns(array):
     "float32 [N, 3]: the first three columns of an array of numbers."
     if array.ndim != 2 or array.shape[1] < 3 or array.dtype.kind not in "fiu" or not len(array):
         raise ValueError(f"{array.dtype} of shape {array.shape}, not [N, 3]")
-    return np.asarray(array[:, :3], np.float32)
+    return _float32(array[:, :3])
 
 
 def _read_columns(data):
@@ -663,13 +712,6 @@ def _read_columns(data):
     count = int(lines.pop(0)) if lines and len(lines[0].split()) == 1 else len(lines)
     if not lines or len(lines) < count: raise ValueError(f"{len(lines)} lines of numbers, {count} expected")
     return np.loadtxt(lines, ndmin=2)
-
-
-def _check_text(data):
-    if len(data) > MAX_TEXT: raise ValueError(f"more than {MAX_TEXT >> 20} MB as text; save it as binary ply or npy")
-
-
-MAX_TEXT = 32 * 2**20  # of a cloud or mesh written as text
 
 # %% ../nbs/01_inputs.ipynb #be2977be
 def _read_mesh(data, kind, config):
@@ -716,10 +758,12 @@ def _check_zip(data):
 
 
 def _read_npy(data):
+    "The array of an npy file, which holds one cloud, map or recording: all have two dimensions."
     file, formats = io.BytesIO(data), np.lib.format
     header = formats.read_array_header_1_0 if formats.read_magic(file) == (1, 0) else formats.read_array_header_2_0
     shape, _, dtype = header(file)
     if math.prod(shape) * dtype.itemsize > len(data): raise ValueError(f"claims shape {shape}, is cut off")
+    if len(shape) != 2: raise ValueError(f"shape {shape}; a file holds one recording, of two dimensions")
     return np.load(io.BytesIO(data), allow_pickle=False)
 
 # %% ../nbs/01_inputs.ipynb #c7d1c339
@@ -793,24 +837,44 @@ def load_point(source, config=InputConfig()):
     if cloud is None: name, cloud = _read_points(source, config)
     if cloud.ndim not in (2, 3) or cloud.shape[-1] != 3 or 0 in cloud.shape or cloud.dtype.kind not in "fiu":
         raise InputError(f"{name}: {cloud.dtype} of shape {cloud.shape}; expected [N, 3] or [B, N, 3]")
-    x = torch.from_numpy(np.array(cloud[None] if cloud.ndim == 2 else cloud, np.float32))
-    if not x.isfinite().all(): raise InputError(f"{name}: holds NaN or infinite coordinates; expected numbers")
+    x = torch.from_numpy(_float32(cloud[None] if cloud.ndim == 2 else cloud))
+    if not x.abs().max() < 1e15:  # their squares must fit into float32
+        raise InputError(f"{name}: holds NaN, infinite or huge coordinates; expected numbers below 1e15")
     if x.shape[1] != config.points: x = x[:, _choose(x.shape[1], config)]
     return _unit_ball(name, x) if config.point_normalize else x
 
 # %% ../nbs/01_inputs.ipynb #618e7b42
+def _check_exr(name, parts):
+    "Refuse OpenEXR parts that claim too large a window, or too large tiles."
+    channels = sum(len(part.header["channels"]) for part in parts)  # all are read
+    for header in (part.header for part in parts):
+        (left, top), (right, bottom) = (corner.tolist() for corner in header["dataWindow"])
+        _check_sides(name, bottom - top + 1, right - left + 1, MAX_PIXELS // channels)
+        if "tiles" in header: _check_sides(name, header["tiles"].ySize, header["tiles"].xSize, MAX_PIXELS)
+
+
+def _read_exr(name, data):
+    "[H, W] of an OpenEXR file: its only channel, or the one called Z."
+    try: import OpenEXR
+    except ImportError: raise ValueError("OpenEXR is missing: pip install OpenEXR, or save as npy or TIFF") from None
+    _check_exr(name, OpenEXR.File(io.BytesIO(data), header_only=True).parts)
+    with redirect_stdout(io.StringIO()):  # where it reports damage, and then leaves the part out
+        channels = OpenEXR.File(io.BytesIO(data), separate_channels=True).channels()
+    found = [channel for channel in channels if len(channels) == 1 or channel.split(".")[-1] == "Z"]
+    if len(found) != 1: raise ValueError(f"channels {', '.join(channels)}; name one of them Z")
+    return channels[found[0]].pixels
+
+# %% ../nbs/01_inputs.ipynb #6638aaec
 def _read_map_file(source, wanted):
     "(name, array) of a picture or an npy file; colours are turned into grey."
     name, image = "PIL image", source
     if not isinstance(source, Image.Image):
         name, data = _read_bytes(source, wanted)
-        if data.startswith(b"\x76\x2f\x31\x01"):
-            raise InputError(f"{name}: OpenEXR is not read; save it as npy or TIFF")
         with _reading(name, wanted):
+            if data.startswith(b"\x76\x2f\x31\x01"): return name, _read_exr(name, data)
             if data.startswith(b"\x93NUMPY"): return name, _read_npy(data)
         image = _open_picture(name, data, wanted)
-    _check_sides(name, image.height, image.width, MAX_PIXELS)
-    image = _decode_picture(name, image, wanted)
+    image = _decode_picture(name, image, wanted, MAX_PIXELS)
     one_channel = image.mode in ("L", "I", "F") or image.mode.startswith("I;16")
     with _reading(name, wanted): return name, np.array(image if one_channel else _to_rgb(image).convert("L"))
 
@@ -836,13 +900,14 @@ def _fit_map(x, size):
 def _metres(name, array, config):
     "(float32 depth in metres, which pixels have a reading)."
     if array.dtype.itemsize == 1: raise InputError(f"{name}: 8-bit values; expected metres as floats, or a 16-bit map")
-    depth = torch.from_numpy(array.astype(np.float32)) * (1 if array.dtype.kind == "f" else config.depth_unit)
+    depth = torch.from_numpy(_float32(array)) * (1 if array.dtype.kind == "f" else config.depth_unit)
     seen = depth.isfinite() & (depth != 0)
     readings = depth[seen]
     if not len(readings): raise InputError(f"{name}: no pixel has a reading; expected metres")
     if readings.min() < 0: raise InputError(f"{name}: depth down to {readings.min():g}; expected metres, above 0")
     middle = readings[::len(readings) // 10_000 + 1].median()
     if middle > 100: raise InputError(f"{name}: median depth {middle:g}; expected metres: these look like millimetres")
+    if middle < 0.01: raise InputError(f"{name}: median depth {middle:g}; expected metres: is depth_unit too small?")
     return depth, seen
 
 # %% ../nbs/01_inputs.ipynb #b71107ca
@@ -852,10 +917,10 @@ def load_depth(source, config=InputConfig()):
 
     Args:
         source: metres. A path, an open file, bytes or a PIL image of a 16-bit PNG or TIFF (`depth_unit` metres per
-            unit), a float TIFF or npy; an array [H, W] or [B, H, W], floats in metres or integers in `depth_unit`;
-            or a list of these.
+            unit), a float TIFF, OpenEXR or npy; an array [H, W] or [B, H, W], floats in metres or integers in
+            `depth_unit`; or a list of these.
     Raises:
-        ValueError: not a depth map, damaged, 8-bit, negative, or millimetres where metres are expected.
+        ValueError: not a depth map, damaged, 8-bit, negative, millimetres where metres are expected; OpenEXR missing.
     """
     name, array = _read_map(source, "depth")
 
@@ -869,7 +934,7 @@ def load_depth(source, config=InputConfig()):
 # %% ../nbs/01_inputs.ipynb #f05adfb4
 def _celsius(name, array):
     "float32 degrees Celsius of floats, or of integers in hundredths of a kelvin."
-    x = torch.from_numpy(array.astype(np.float32))
+    x = torch.from_numpy(_float32(array))
     if array.dtype.kind != "f": x = x / 100 - 273.15
     if not x.isfinite().all(): raise InputError(f"{name}: holds NaN or infinite temperatures; expected degrees Celsius")
     low, high = x.min().item(), x.max().item()
@@ -890,10 +955,11 @@ def load_thermal(source, config=InputConfig()):
     """Thermal maps as float32 [B, 1, image_size, image_size].
 
     Args:
-        source: a path, an open file, bytes or a PIL image, 16-bit (hundredths of a kelvin) or 8-bit (relative), or
-            npy; an array [H, W] or [B, H, W], floats in degrees Celsius, integers as in files; or a list of these.
+        source: a path, an open file, bytes or a PIL image, 16-bit (hundredths of a kelvin) or 8-bit (relative), a
+            float TIFF, OpenEXR or npy; an array [H, W] or [B, H, W], floats in degrees Celsius, integers as in files;
+            or a list of these.
     Raises:
-        ValueError: not a thermal map, damaged, or kelvin where degrees Celsius are expected.
+        ValueError: not a thermal map, damaged, or kelvin where degrees Celsius are expected; OpenEXR missing.
     """
     name, array = _read_map(source, "thermal")
     low, high = config.thermal_range
@@ -910,7 +976,8 @@ IMU_COLUMNS = ("ax", "ay", "az", "gx", "gy", "gz")
 
 def _read_table(name, data):
     "(column names, numbers [T, columns]) of a CSV file."
-    head, *lines = [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    _check_text(data)
+    head, *lines = [line for line in data.decode("utf-8-sig").splitlines() if line.strip()] or [""]
     names = [column.strip().lower() for column in head.split(",")]
     if not set(IMU_COLUMNS) <= set(names):
         wanted = f"the columns {', '.join(IMU_COLUMNS)}, and t in seconds if known"
@@ -923,7 +990,7 @@ def _read_table(name, data):
 
 # %% ../nbs/01_inputs.ipynb #a5b7ec00
 def _read_imu(source):
-    "(name, [6, T] or [B, 6, T], times in seconds or None) of a CSV or npy file."
+    "(name, [6, T], times in seconds or None) of a CSV or npy file."
     name, data = _read_bytes(source, "an IMU recording")
     with _reading(name, "an IMU recording"):
         if data.startswith(b"\x93NUMPY"): return name, _read_npy(data), None
@@ -940,14 +1007,19 @@ def _check_times(name, times):
     if np.median(step) > 0.5: raise InputError(f"{name}: {np.median(step):g} between readings; expected t in seconds")
 
 
-def _check_motion(name, motion):
-    "Refuse values far outside what the units allow."
+def _motion(name, array):
+    "float32 [B, 6, T] of [6, T] or [B, 6, T]; values far outside what the units allow are refused."
+    if array.ndim not in (2, 3) or array.shape[-2] != 6 or 0 in array.shape or array.dtype.kind not in "fiu":
+        hint = ": channels go first" if array.shape[-1:] == (6,) else ""
+        raise InputError(f"{name}: {array.dtype} of shape {array.shape}; expected [6, T] or [B, 6, T]{hint}")
+    motion = torch.from_numpy(_float32(array if array.ndim == 3 else array[None]))
     if not motion.isfinite().all(): raise InputError(f"{name}: holds NaN or infinite readings; expected numbers")
     push, turn = motion[:, :3].abs().max().item(), motion[:, 3:].abs().max().item()
     if push > 500:
         raise InputError(f"{name}: accelerations up to {push:g}; expected m/s²: these look like mm/s² or raw counts")
     if turn > 50:
         raise InputError(f"{name}: turning rates up to {turn:g}; expected rad/s: these look like degrees per second")
+    return motion
 
 # %% ../nbs/01_inputs.ipynb #0c29457c
 def _middle(motion, times, config):
@@ -971,15 +1043,15 @@ def load_imu(source, config=InputConfig()):
             readings per second; (array or file without t, readings per second); or a list of these.
     Raises:
         ValueError: other columns or shape, times that do not increase, not finite, or values no body survives.
+        TypeError: a file with a column t, and a rate.
     """
     recording, rate = _with_rate(source, config.imu_samples / config.imu_seconds)
     name, array, times = "IMU array", _array(recording), None
     if array is None: name, array, times = _read_imu(recording)
+    if times is not None and recording is not source:
+        raise TypeError(f"{name}: its column t says when; give it without a rate")
     _check_rate(name, rate, 0.001, 1_000_000)
-    if array.ndim not in (2, 3) or array.shape[-2] != 6 or 0 in array.shape or array.dtype.kind not in "fiu":
-        raise InputError(f"{name}: {array.dtype} of shape {array.shape}; expected [6, T] or [B, 6, T]")
-    motion = torch.from_numpy(np.array(array if array.ndim == 3 else array[None], np.float32))
-    _check_motion(name, motion)
+    motion = _motion(name, array)
     if times is None: times = np.arange(motion.shape[-1]) / rate
     else: _check_times(name, times)
     step, fits = config.imu_seconds / config.imu_samples, motion.shape[-1] == config.imu_samples

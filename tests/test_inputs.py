@@ -5,12 +5,14 @@ import importlib.util
 import io
 import json
 import math
+import sys
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+import OpenEXR
 import pytest
 import soundfile
 import torch
@@ -20,6 +22,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.signal import resample_poly
+from transformers import AutoTokenizer, CLIPTokenizer
 
 from ibllm.inputs import (
     InputConfig,
@@ -125,11 +128,9 @@ def test_point_parity(file):
 
 def clip_tokenizer():
     "CLIP's tokenizer from the vocabulary in open_clip_torch, without importing that package."
-    from transformers import CLIPTokenizer
-
     package = importlib.util.find_spec("open_clip")
     if package is None:
-        pytest.skip("needs CLIP's vocabulary: pip install --no-deps open_clip_torch")
+        pytest.skip("needs CLIP's vocabulary: pip install --no-deps open-clip-torch, as make test does")
     path = Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
     merges = [
         tuple(line.split()) for line in gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 1]
@@ -140,6 +141,21 @@ def clip_tokenizer():
         letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
     )
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges)
+
+
+def test_clip_tokenizer_from_a_folder(tmp_path):
+    clip_tokenizer().save_pretrained(tmp_path)
+    ids = load_text("a photo of a cat", InputConfig(), AutoTokenizer.from_pretrained(tmp_path))
+    assert ids[0, :7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407] and not ids[0, 7:].any()
+
+
+def test_over_long_text():
+    "The end token stays; the released code loses it, and then reads the same start token of every long text."
+    tokenizer, long = clip_tokenizer(), ["dog " * 100, "cat " * 100]
+    ids = load_text(long, InputConfig(), tokenizer)
+    assert (ids[:, 0] == 49406).all() and (ids[:, 76] == 49407).all() and (ids.argmax(1) == 76).all()
+    released = load_text(long, InputConfig(released_text=True), tokenizer)
+    assert (released != 49407).all() and (released.argmax(1) == 0).all()
 
 
 @pytest.mark.parametrize("released", [True, False])
@@ -405,6 +421,34 @@ def test_long_key_frame_distance(tmp_path):
     assert (x - torch.tensor(chosen)).abs().max() <= 3
 
 
+@pytest.mark.parametrize("kind", ["mpegts", "mpeg", "avi", "mp4", "matroska"])
+def test_video_containers(tmp_path, kind):
+    "The same frames from containers that seek by different clocks; 75 frames, brighter and brighter."
+    codec = dict(mpeg="mpeg1video", avi="mpeg4").get(kind, "libx264")
+    with av.open(str(tmp_path / "v"), "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=25, width=64, height=64, pix_fmt="yuv420p")
+        for i in range(75):
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 3 * i, np.uint8), format="rgb24"))
+            )
+        container.mux(stream.encode())
+    config = InputConfig(image_size=64, video_crops=1)
+    chosen = clip_frames(np.arange(75) / 25, 3.0, config)
+    x = brightness(load_video(tmp_path / "v", config), config) / 3
+    assert (x - torch.tensor(chosen)).abs().max() < 1.5
+
+
+@pytest.mark.parametrize("durations", [40, [40, 400, 40, 40, 200, 40, 40, 80]])
+def test_gif(tmp_path, durations):
+    "Each frame is shown for its own time."
+    film = np.stack([np.full((32, 32, 3), 30 * i, np.uint8) for i in range(8)])
+    first, *others = (Image.fromarray(frame) for frame in film)
+    first.save(tmp_path / "v.gif", save_all=True, append_images=others, duration=durations)
+    ends = np.cumsum(np.broadcast_to(durations, 8)) / 1000
+    expected = clip_frames(np.r_[0, ends[:-1]], ends[-1], SMALL)
+    assert (brightness(load_video(tmp_path / "v.gif", SMALL)) == 30 * torch.tensor(expected)).all()
+
+
 def test_video_batches_and_crops():
     films = rng.integers(0, 255, (300, 6, 32, 32, 3), dtype=np.uint8)
     x = load_video((films, 6), SMALL)
@@ -523,6 +567,30 @@ def test_depth_formats(tmp_path, kind):
     assert (load_depth(source, SMALL) - load_depth(metres, SMALL)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("channels", [["Z"], ["V"], ["view.Z", "R", "G", "B"]])
+@pytest.mark.parametrize("half", [True, False])
+def test_exr(tmp_path, channels, half):
+    metres = rng.integers(500, 4000, (32, 32)).astype(np.float16 if half else np.float32) / 1000
+    pixels = {name: metres if i == 0 else 0 * metres for i, name in enumerate(channels)}
+    header = {"compression": OpenEXR.PIZ_COMPRESSION} if half else {"type": OpenEXR.tiledimage}
+    if not half:
+        header["tiles"] = OpenEXR.TileDescription()
+    OpenEXR.File(header, pixels).write(str(tmp_path / "d.exr"))
+    for source in (tmp_path / "d.exr", (tmp_path / "d.exr").read_bytes(), (tmp_path / "d.exr").open("rb")):
+        assert torch.equal(load_depth(source, SMALL), load_depth(metres, SMALL))
+    assert torch.equal(load_thermal(tmp_path / "d.exr", SMALL), load_thermal(metres, SMALL))
+
+
+def test_exr_is_refused(tmp_path, monkeypatch):
+    path, two = tmp_path / "d.exr", np.ones((4, 4), np.float32)
+    OpenEXR.File({}, {"R": two, "G": two}).write(str(path))
+    with pytest.raises(ValueError, match=r"d.exr: .*channels G, R; name one of them Z"):
+        load_depth(path)
+    monkeypatch.setitem(sys.modules, "OpenEXR", None)
+    with pytest.raises(ValueError, match="d.exr: .*pip install OpenEXR, or save as npy or TIFF"):
+        load_depth(path)
+
+
 def test_depth_formula():
     config = InputConfig(image_size=2, depth_scale=1.0)
     x = load_depth(np.array([[1.0, 2.0], [0.0, 0.1]]), config) * config.depth_std + config.depth_mean
@@ -567,6 +635,11 @@ def test_imu_sources():
         assert (load_imu(source, SMALL) - x).abs().max() < 1e-5
     shuffled = imu_csv(motion[[5, 4, 3, 2, 1, 0]], times, ("gz", "gy", "gx", "az", "ay", "ax"))
     assert (load_imu(shuffled, SMALL) - x).abs().max() < 1e-5
+
+
+def test_imu_file_with_times_takes_no_rate():
+    with pytest.raises(TypeError, match="give it without a rate"):
+        load_imu((imu_csv(rng.normal(size=(6, 64)), np.arange(64) / 64), 64), SMALL)
 
 
 def test_imu_window():

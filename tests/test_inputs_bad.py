@@ -135,6 +135,7 @@ CASES = {
         (np.zeros((9, 900, 3), np.uint8), "one side"),
         (np.full((4, 4, 3), 300), "from 300 to 300"),
         (np.full((4, 4, 3), -1.0), "floats in [0, 1]"),
+        (np.zeros((4, 4), bool), "pixels of bool"),
         (np.full((4, 4), np.nan), "floats in [0, 1]"),
         (np.array([["a"]]), "uint8"),
         (np.zeros((4, 4, 3), complex), "complex"),
@@ -232,6 +233,7 @@ CASES = {
         (np.zeros((5, 2)), "[N, 3]"),
         (np.zeros(3), "[N, 3]"),
         (np.full((5, 3), np.inf), "infinite"),
+        (np.array([[0, 0, 5e36], [0, 0, 1]]), "huge"),
         (np.array([["a"] * 3]), "[N, 3]"),
     ],
     "depth": [
@@ -242,12 +244,14 @@ CASES = {
         (png(8000, 8000), "million at most"),
         (npy((10**12, 3)), "claims shape"),
         (npy_with_pickle(), "depth map"),
-        (b"\x76\x2f\x31\x01" + bytes(50), "OpenEXR"),
+        (npy((9, 1, 1), "|u1") + bytes(9), "one recording"),
+        (b"\x76\x2f\x31\x01" + bytes(50), "depth map"),
         (WAV, "depth map"),
         (np.zeros((4, 4)), "no pixel"),
         (np.full((4, 4), np.nan), "no pixel"),
         (np.full((4, 4), -1.0), "down to -1"),
         (np.full((4, 4), 2000.0), "millimetres"),
+        (np.full((4, 4), 2, np.uint16), "depth_unit too small"),
         (np.zeros((4, 4), np.uint8), "8-bit"),
         (np.zeros(4), "[H, W]"),
         (np.zeros((2, 2), complex), "complex"),
@@ -276,9 +280,12 @@ CASES = {
         (b"t," + HEAD + b"0,1,2,3,4,5,6\n" * 2, "does not increase"),
         (npy((10**12, 6)), "claims shape"),
         (PNG, "IMU recording"),
+        (npy((9, 6, 1)) + bytes(216), "one recording"),
         (b"t," + HEAD + b"0,1,2,3,4,5,6\n10,1,2,3,4,5,6\n", "t in seconds"),
         (b"t," + HEAD + b"nan,1,2,3,4,5,6\n1,1,2,3,4,5,6\n", "does not increase"),
         (np.zeros((5, 10)), "[6, T]"),
+        (np.zeros((10, 6)), "channels go first"),
+        (np.full((6, 10), 1e300), "infinite"),
         (np.zeros((6, 0)), "[6, T]"),
         (np.zeros(6), "[6, T]"),
         (MOTION * np.nan, "NaN"),
@@ -374,6 +381,9 @@ def test_text_errors(tmp_path):
         load_text([], InputConfig(), Words())
     with pytest.raises(ValueError, match="characters"):
         load_text("x" * 2_000_000, InputConfig(), Words())
+    for text in ("&#" + "9" * 5000 + ";", "half a character: \ud800"):
+        with pytest.raises(ValueError, match="^text: cannot be read"):
+            load_text(text, InputConfig(), Words())
     (tmp_path / "t.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match="UTF-8"):
         load_text(tmp_path / "t.txt", InputConfig(), Words())
