@@ -4,56 +4,74 @@
 
 # %% auto #0
 __all__ = ['POINT', 'BLOCK', 'POINT_TRUNK', 'TRUNKS', 'HEADS', 'STEMS', 'IMAGEBIND', 'LINEAR', 'NORMS', 'LLAMA', 'BIND', 'TUNED',
-           'read_weights', 'write_weights', 'translate', 'load_imagebind', 'imagebind_weights', 'rotary_rows',
-           'load_llama', 'llama_weights', 'Adapted', 'load_adapter', 'adapter_weights', 'load_published']
+           'PUBLISHED', 'LLAMA_NEEDED', 'read_weights', 'write_weights', 'translate', 'load_imagebind',
+           'imagebind_weights', 'rotary_rows', 'load_llama', 'llama_weights', 'load_tokenizer', 'Adapted',
+           'load_adapter', 'adapter_weights', 'load_official', 'export_official', 'Published', 'download_official']
 
 # %% ../nbs/07_checkpoints.ipynb #d8a7d322
-import argparse, copy, json, os, pickle, re, zipfile
+import argparse, copy, json, math, os, re, warnings, zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerBase
+from transformers import LlamaTokenizer, PreTrainedTokenizerBase
 
 from .bind import BindNetwork
 from .cache import VisualCache
-from .encoders import ImageBind, ImageBindConfig
+from .encoders import TOWER_CONFIGS, ImageBind, ImageBindConfig, TowerConfig
 from .llama import GatedInjection, base_model
-from .model import BindConfig, ImageBindLLM, ModelConfig
+from .model import BindConfig, ImageBindLLM, ModelConfig, base_fingerprint, check_base
 
 # %% ../nbs/07_checkpoints.ipynb #5df78cab
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` or `.pth` file by name; of a training file, those under `"model"`.
+def _open_weights(path: Path) -> tuple[dict, dict]:
+    "What a weights file holds by name, and what is recorded beside it."
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file: recorded = file.metadata() or {}
+        return load_file(path), recorded
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    inside = isinstance(content, dict) and "model" in content
+    return (content["model"], content) if inside else (content, {})
 
-    Raises FileNotFoundError, or ValueError for a file without tensors or one that needs unrestricted unpickling."""
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    "As `read_weights`; and what is recorded beside the tensors."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"path: no file {str(path)!r}")
-    try:
-        if path.suffix == ".safetensors": return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    try: weights, recorded = _open_weights(path)
+    except Exception as error:  # a damaged file can make a reader fail in any way
         raise ValueError(f"path: {str(path)!r} is no weights file, or needs unsafe unpickling") from error
-    weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(torch.is_tensor(w) for w in weights.values()):
         raise ValueError(f"path: {str(path)!r} holds no tensors by name")
-    return weights
+    return weights, recorded
 
 # %% ../nbs/07_checkpoints.ipynb #1e43a50c
-def write_weights(weights: dict[str, Tensor], path: str | Path):
-    "Write `weights` as `.safetensors`, or as `.pth` under the name `model` like the released files; replaces a file."
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a `.safetensors` or `.pth` file by name, mapped into memory; of a training file, those in `"model"`.
+
+    Raises FileNotFoundError, or ValueError for a file without tensors or one that needs unrestricted unpickling."""
+    return _read(path)[0]
+
+
+def write_weights(weights: dict[str, Tensor], path: str | Path, **recorded: str):
+    """Write `weights` as `.safetensors` or `.pth`; replaces a file.
+
+    What is `recorded` goes into the metadata, or beside `"model"`, under which released adapters keep their tensors."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    weights = {name: w.detach().contiguous() for name, w in weights.items()}
+    weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
     try:
-        if path.suffix == ".safetensors": save_file(weights, temporary, metadata={"format": "pt"})
-        else: torch.save({"model": weights}, temporary)
+        if path.suffix == ".safetensors": save_file(weights, temporary, metadata={"format": "pt", **recorded})
+        else: torch.save({"model": weights, **recorded} if recorded else weights, temporary)
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
@@ -70,19 +88,26 @@ def translate(names, table: list[tuple[str, str]], back: bool = False) -> dict[s
     return found
 
 # %% ../nbs/07_checkpoints.ipynb #4115a9bc
+def _listed(names: list[str]) -> str:
+    "The first few of `names`; those that differ only in a number are counted together."
+    groups = {}
+    for name in names: groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+    texts = [group[0] if len(group) == 1 else f"{len(group)} of {pattern}" for pattern, group in groups.items()]
+    return ", ".join(texts[:4] + ["…"] * (len(texts) > 4))
+
+
 def _check_weights(what: str, offered: dict[str, Tensor], wanted: dict[str, Tensor]):
     "One line of ValueError unless `offered` has exactly the names and shapes of `wanted`."
-    missing, unknown = sorted(wanted.keys() - offered.keys()), sorted(offered.keys() - wanted.keys())
-    shapes = [f"{name} is {list(offered[name].shape)} for {list(w.shape)}" for name, w in wanted.items()
+    shapes = [f"{name} {list(offered[name].shape)} for {list(w.shape)}" for name, w in wanted.items()
               if name in offered and offered[name].shape != w.shape]
-    wrong = {"missing": missing, "unknown": unknown, "of another shape": shapes}
-    report = "; ".join(f"{len(names)} tensors {kind} (first: {names[0]})" for kind, names in wrong.items() if names)
-    if report: raise ValueError(f"{what}: {report}")
+    wrong = {"missing": sorted(wanted.keys() - offered.keys()), "unexpected": sorted(offered.keys() - wanted.keys()),
+             "of another shape": shapes}
+    report = [f"{len(names)} {kind} ({_listed(names)})" for kind, names in wrong.items() if names]
+    if report: raise ValueError(f"{what}: wants {len(wanted)} tensors; {'; '.join(report)}")
 
 
-def _fill(module: nn.Module, weights: dict[str, Tensor], what: str, dtype: torch.dtype | None = None) -> nn.Module:
+def _fill(module: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype | None = None) -> nn.Module:
     "`module`, made without memory, with exactly these `weights`."
-    _check_weights(what, weights, module.state_dict())
     if dtype: weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
     module.load_state_dict(weights, assign=True)
     return module.eval()
@@ -132,16 +157,73 @@ STEMS = [(f"modality_preprocessors.{theirs}", f"towers.{ours}") for theirs, ours
 IMAGEBIND = POINT_TRUNK + TRUNKS + HEADS + STEMS
 
 # %% ../nbs/07_checkpoints.ipynb #2f222dff
-def load_imagebind(source: str | Path | dict, config: ImageBindConfig | None = None) -> ImageBind:
-    """The encoder in a released file (or its tensors by name), in evaluation mode.
+SIZES = dict(width=("transformer.blocks.0.attention.output.weight", 0), channels=("stem.weight", 1),
+             kernel=("stem.weight", -1), kernel_frames=("stem.weight", 2), vocabulary=("stem.embedding.weight", 0),
+             context=("stem.position", 1), position_width=("stem.position.0.weight", 0),
+             projection_width=("projection", 1))  # field of a tower's config: the tensor and axis that show it
 
-    Without `config`: ImageBind-Huge, with a point tower if the file has one. ValueError if a tensor does not fit."""
+
+def _read_sizes(tensors: dict[str, Tensor], given: TowerConfig) -> TowerConfig:
+    "`given`, with the sizes that a tower's `tensors` show."
+    shape = {name: w.shape for name, w in tensors.items()}
+    found = {field: shape[name][axis] for field, (name, axis) in SIZES.items()
+             if hasattr(given, field) and len(shape.get(name, ())) > max(axis, 1)}
+    found["blocks"] = len({name.split(".")[2] for name in shape if name.startswith("transformer.blocks.")})
+    if found.get("width") and (expand := shape.get("transformer.blocks.0.expand.weight")):
+        found["mlp_ratio"] = expand[0] // found["width"]
+    if hasattr(given, "samples") and (flat := shape.get("stem.projection.weight")):
+        found["channels"] = flat[-1] // given.kernel
+    widths = [shape.get(f"stem.encoder.conv_{i}.weight") or (0,) for i in (1, 2, 3, 4)]
+    if hasattr(given, "group_widths"): found["group_widths"] = tuple(width[0] for width in widths)
+    config = replace(given, **found)
+    if len(shape.get("stem.position", ())) != 3: return config
+    return replace(config, **_read_extent(shape["stem.position"][1] - 1, config))
+
+# %% ../nbs/07_checkpoints.ipynb #6e1b6dbe
+def _read_extent(pieces: int, config: TowerConfig) -> dict:
+    "The input's size for a table of `pieces` positions besides the class token's; nothing if it is as configured."
+    if hasattr(config, "samples"): return {"samples": pieces * config.kernel}
+    if not hasattr(config, "size"): return {}
+    tubes = max(1, getattr(config, "frames", 1) // max(1, getattr(config, "kernel_frames", 1)))
+    if math.prod((n - config.kernel) // config.stride + 1 for n in config.size) * tubes == pieces: return {}
+    side = config.kernel + (math.isqrt(pieces // tubes) - 1) * config.stride
+    return {"size": (side, side)}
+
+
+def _read_config(weights: dict[str, Tensor], config: ImageBindConfig) -> ImageBindConfig:
+    "`config`, with the sizes that the encoder's `weights` show."
+    towers = {name: getattr(config, name) for name in TOWER_CONFIGS if getattr(config, name)}
+    split = {name: {n.removeprefix(f"towers.{name}."): w for n, w in weights.items() if n.startswith(f"towers.{name}.")}
+             for name in towers}
+    heads = [w for name, w in weights.items() if name.endswith("head.projection.weight") and w.ndim]
+    sizes = {name: _read_sizes(split[name], given) for name, given in towers.items() if split[name]}
+    return replace(config, feature_dim=len(heads[0]) if heads else config.feature_dim, **sizes)
+
+# %% ../nbs/07_checkpoints.ipynb #f9d76812
+def _check_huge(config: ImageBindConfig):
+    "One line of ValueError if heads and strides of ImageBind-Huge are not this model's."
+    for name, huge in ((name, kind()) for name, kind in TOWER_CONFIGS.items()):
+        tower = getattr(config, name)
+        if tower and tower.width != huge.width:
+            raise ValueError(f"config: this is not ImageBind-Huge ({name} is {tower.width} wide for {huge.width}), and "
+                             "a file does not show heads and strides; give them as an `ImageBindConfig`")
+
+# %% ../nbs/07_checkpoints.ipynb #d0d591ad
+def load_imagebind(source: str | Path | dict, config: ImageBindConfig | None = None) -> ImageBind:
+    """The encoder in a released file (or its tensors by name), in evaluation mode, its weights mapped into memory.
+
+    Sizes are read off the tensors. The rest (towers, heads, strides, …) is `config`'s; by default ImageBind-Huge's,
+    with a point tower if the file has one. ValueError for tensors that are missing, unexpected or misshapen, and for a
+    file of another model without `config`."""
     weights = source if isinstance(source, dict) else read_weights(source)
-    if config is None:
-        config = ImageBindConfig() if "point_trunk.pc_projection" in weights else ImageBindConfig(point=None)
-    ours = translate(weights, IMAGEBIND)
-    with init_empty_weights(): encoder = ImageBind(config)
-    return _fill(encoder, {ours.get(name, name): w for name, w in weights.items()}, "imagebind")
+    names = translate(weights, IMAGEBIND)
+    ours = {names.get(name, name): w for name, w in weights.items()}
+    huge = ImageBindConfig() if any("point" in name for name in ours) else ImageBindConfig(point=None)
+    sized = _read_config(ours, config or huge)
+    if config is None: _check_huge(sized)
+    with init_empty_weights(): encoder = ImageBind(sized)
+    _check_weights("imagebind", weights, imagebind_weights(encoder))
+    return _fill(encoder, ours)
 
 
 def imagebind_weights(encoder: ImageBind) -> dict[str, Tensor]:
@@ -174,15 +256,33 @@ def _in_our_order(name: str, x: Tensor, config: LlamaConfig, back: bool = False)
     if ".k_proj." in name: return rotary_rows(x, config.num_key_value_heads, back)
     return x
 
+# %% ../nbs/07_checkpoints.ipynb #53134d4c
+def _read_params(path: Path) -> dict:
+    "Meta's `params.json`, or one line saying that it is none."
+    try: params = json.loads(path.read_text())
+    except ValueError: params = None
+    whole = ("dim", "n_layers", "n_heads")
+    if not isinstance(params, dict) or not all(isinstance(params.get(key, 1), int) for key in whole):
+        raise ValueError(f"params.json: {str(path)!r} is not JSON with whole numbers for {', '.join(whole)}")
+    return params
 
+# %% ../nbs/07_checkpoints.ipynb #72ef2954
 def _meta_config(params: dict, weights: dict[str, Tensor], context: int) -> LlamaConfig:
     "The configuration that Meta's `params.json` and the shapes of the weights describe."
     known = {"dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "vocab_size", "multiple_of", "ffn_dim_multiplier",
              "rope_theta", "max_seq_len", "max_batch_size"}
     if unknown := sorted(params.keys() - known): raise ValueError(f"params.json: got unknown keys {unknown}")
-    feed_forward, vocabulary = weights["layers.0.feed_forward.w1.weight"], weights["tok_embeddings.weight"]
+    if absent := sorted({"dim", "n_layers", "n_heads", "norm_eps"} - params.keys()):
+        raise ValueError(f"params.json: wants the keys {absent}")
+    shown = ["tok_embeddings.weight", "layers.0.feed_forward.w1.weight"]
+    if absent := [name for name in shown if name not in weights or not weights[name].ndim]:
+        raise ValueError(f"llama: wants tensors under Meta's names; {len(absent)} missing ({', '.join(absent)})")
+    vocabulary, feed_forward = (len(weights[name]) for name in shown)
+    depth = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
+    if params["n_layers"] > depth:
+        raise ValueError(f"params.json: got n_layers {params['n_layers']}, the weights have {depth} layers")
     return LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=params["dim"], intermediate_size=len(feed_forward),
+        vocab_size=vocabulary, hidden_size=params["dim"], intermediate_size=feed_forward,
         num_hidden_layers=params["n_layers"], num_attention_heads=params["n_heads"],
         num_key_value_heads=params.get("n_kv_heads") or params["n_heads"], rms_norm_eps=params["norm_eps"],
         max_position_embeddings=context, rope_theta=params.get("rope_theta", 10000.0))
@@ -200,10 +300,11 @@ def load_llama(source: str | Path, dtype: torch.dtype | None = None, context: in
     if len(files) != 1:
         raise ValueError(f"source: got {len(files)} consolidated files in {str(source)!r}, wants one, as of 7B")
     weights = {name: w for name, w in read_weights(files[0]).items() if name != "rope.freqs"}
-    config = _meta_config(json.loads((folder / "params.json").read_text()), weights, context)
-    ours = {name: translate([name], LLAMA).get(name, name) for name in weights}
+    config = _meta_config(_read_params(folder / "params.json"), weights, context)
     with init_empty_weights(): llm = LlamaForCausalLM(config)
-    return _fill(llm, {ours[name]: _in_our_order(ours[name], w, config) for name, w in weights.items()}, "llama", dtype)
+    _check_weights("llama", weights, llama_weights(llm))
+    return _fill(llm, {ours: _in_our_order(ours, weights[name], config)
+                       for name, ours in translate(weights, LLAMA).items()}, dtype)
 
 
 def llama_weights(llm: LlamaForCausalLM) -> dict[str, Tensor]:
@@ -211,6 +312,17 @@ def llama_weights(llm: LlamaForCausalLM) -> dict[str, Tensor]:
     state = llm.state_dict()
     return {theirs: _in_our_order(ours, state[ours], llm.config, back=True)
             for ours, theirs in translate(state, LLAMA, back=True).items()}
+
+# %% ../nbs/07_checkpoints.ipynb #c4d1189c
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """LLaMA's tokenizer: for Meta's folder its `tokenizer.model`, there or one folder up; otherwise Hugging Face's.
+
+    Raises FileNotFoundError if Meta's folder has none."""
+    folder = Path(source)
+    if not (folder / "params.json").is_file(): return AutoTokenizer.from_pretrained(source)
+    found = [place for place in (folder, folder.parent) if (place / "tokenizer.model").is_file()]
+    if not found: raise FileNotFoundError(f"llama: no tokenizer.model in {str(source)!r} or above; put Meta's there")
+    return LlamaTokenizer.from_pretrained(found[0], legacy=True, add_bos_token=True)  # legacy: SentencePiece's own way
 
 # %% ../nbs/07_checkpoints.ipynb #a41e3b29
 BIND = [("image_bind_proj.*", "project.*")] + [
@@ -233,18 +345,20 @@ def _adapter_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             and (not name.startswith("llama.") or any(word in name for word in learned))}
 
 
-def _split_adapter(weights: dict[str, Tensor]) -> tuple[dict, dict, dict]:
-    "Tensors of bind network and injection under our names, and of the language model under Meta's."
-    bind = translate(weights, BIND)
-    gates = sorted((name for name in weights if name.endswith(".attention.gate")),
-                   key=lambda name: int(name.split(".")[2]))
-    if not gates or "prefix_query.weight" not in weights or "image_bind_proj.weight" not in weights:
+def _depth(weights: dict[str, Tensor]) -> int:
+    "Number of layers of the LLaMA that the adapter was made for: it has a gate for each of them."
+    gates = [hit for name in weights if (hit := re.fullmatch(r"llama\.layers\.(\d+)\.attention\.gate", name))]
+    matrices = [weights.get(name, torch.empty(0)) for name in ("prefix_query.weight", "image_bind_proj.weight")]
+    if not gates or any(matrix.ndim != 2 for matrix in matrices):
         raise ValueError("adapter: got no gates, queries or bind network, wants a released adapter file")
-    queries = weights["prefix_query.weight"].float()
-    gate_rows = torch.stack([weights[name].float().flatten() for name in gates])[-len(queries):]
-    rest = {name for name in weights if name not in bind and name not in gates and name != "prefix_query.weight"}
-    return ({bind[name]: weights[name].float() for name in bind}, {"queries": queries, "gates": gate_rows},
-            {name.removeprefix("llama."): weights[name] for name in rest})
+    return 1 + max(int(hit[1]) for hit in gates)
+
+
+def _injection_state(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    "Queries, and the gates of as many layers, under our names; float32, though released files keep gates in half."
+    queries, depth = weights["prefix_query.weight"].float(), _depth(weights)
+    gates = [weights[f"llama.layers.{i}.attention.gate"].float().flatten() for i in range(depth - len(queries), depth)]
+    return {"queries": queries, "gates": torch.stack(gates)}
 
 # %% ../nbs/07_checkpoints.ipynb #f19fb5e0
 def _with_biases(llm: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -267,102 +381,229 @@ def _with_lora(llm: LlamaForCausalLM, rank: int) -> nn.Module:
     return get_peft_model(llm, lora).eval()
 
 # %% ../nbs/07_checkpoints.ipynb #71d368e0
-def _check_base(llm: LlamaForCausalLM, tensors: dict[str, Tensor]):
-    "A first-stage adapter carries its base model's norms unchanged: refuse another base model."
+def _check_sizes(llm: nn.Module, weights: dict[str, Tensor]):
+    "One line of ValueError unless `llm` is a plain LLaMA of the sizes that the adapter's `weights` show."
+    if not isinstance(llm, LlamaForCausalLM):
+        raise ValueError(f"llama: got {type(llm).__name__}, wants a LlamaForCausalLM without PEFT")
+    config, depth = llm.config, _depth(weights)
+    wanted = len(weights["image_bind_proj.weight"]), depth, weights[f"llama.layers.{depth - 1}.attention.gate"].numel()
+    got = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    if got != wanted:
+        raise ValueError("llama: got width {}, {} layers and {} heads, wants {}, {} and {}, as the adapter was made for"
+                         .format(*got, *wanted))
+
+# %% ../nbs/07_checkpoints.ipynb #93916401
+def _check_vocabulary(llm: nn.Module):
+    "One line of ValueError for a LLaMA-7B that is not of the released adapters' vocabulary."
+    config = llm.config
+    if (config.hidden_size, config.num_hidden_layers) == (4096, 32) and config.vocab_size != 32000:
+        raise ValueError(f"llama: got a vocabulary of {config.vocab_size}, wants 32000, as the adapter was made for")
+
+
+def _check_norms(llm: LlamaForCausalLM, weights: dict[str, Tensor]) -> bool:
+    "True. Raises ValueError if the norms of `llm` are not those that a first-stage adapter carries unchanged."
     state = llm.state_dict()
-    for name, ours in translate(tensors, NORMS).items():
-        here, there = state[ours].float(), tensors[name].float()
-        if not torch.allclose(here, there, atol=2e-3, rtol=2e-3):
-            raise ValueError(f"llama: its {ours} is not the adapter's, wants the base model the adapter was trained on")
+    for ours, name in translate(state, NORMS, back=True).items():
+        if not torch.allclose(state[ours].float().cpu(), weights[f"llama.{name}"].float(), atol=2e-3, rtol=2e-3):
+            raise ValueError(f"llama: its {ours} is not the adapter's, wants the LLaMA that the adapter was made for")
+    return True
 
+# %% ../nbs/07_checkpoints.ipynb #f539f4e2
+def _fill_tuned(llm: nn.Module, weights: dict[str, Tensor]):
+    "Copy the adapter's norms, biases and LoRA into `llm`."
+    state = base_model(llm).state_dict()
+    with torch.no_grad():
+        for ours, theirs in translate(state, TUNED, back=True).items():
+            state[ours].copy_(_in_our_order(ours, weights[f"llama.{theirs}"], llm.config))
 
-@torch.no_grad()
-def _tune(llm: nn.Module, tensors: dict[str, Tensor]):
-    "Copy the adapter's norms, biases and LoRA into `llm`; Meta's names, exactly those that the model has."
-    state, config = base_model(llm).state_dict(), llm.config
-    theirs = translate(state, TUNED, back=True)
-    _check_weights("adapter", tensors, {theirs[name]: state[name] for name in theirs})
-    if llm is base_model(llm): _check_base(llm, tensors)
-    for ours, name in theirs.items(): state[ours].copy_(_in_our_order(ours, tensors[name], config))
-
-# %% ../nbs/07_checkpoints.ipynb #4eefd797
+# %% ../nbs/07_checkpoints.ipynb #62d70e9f
 class Adapted(NamedTuple):
     "What an adapter file and a LLaMA make together."
     llm: nn.Module  # with norms, biases and LoRA from the file
     bind: BindNetwork
     injection: GatedInjection
 
-
+# %% ../nbs/07_checkpoints.ipynb #f9527a9e
 def load_adapter(adapter: str | Path | dict, llama: str | Path | nn.Module,
                  dtype: torch.dtype | None = None) -> Adapted:
     """A released adapter (file, or its tensors by name) over a LLaMA: loaded, or in either layout as for `load_llama`.
 
     Sizes, the number of injected layers, the stage and the legacy form of the bind network follow from the tensors.
-    A loaded LLaMA is used up. Raises ValueError for missing, unknown or misshapen tensors, and another base model."""
-    bind_state, injection_state, tensors = _split_adapter(
-        _adapter_tensors(adapter if isinstance(adapter, dict) else read_weights(adapter)))
+    A loaded LLaMA is used up. Raises ValueError for missing, unexpected or misshapen tensors, and for a LLaMA that the
+    adapter was not made for; warns, with its name, if that cannot be told."""
+    weights, recorded = (adapter, {}) if isinstance(adapter, dict) else _read(adapter)
+    weights = _adapter_tensors(weights)
     llm = llama if isinstance(llama, nn.Module) else load_llama(llama, dtype)
-    bind, injection = _make_bind(bind_state), _make_injection(injection_state, llm.config)
-    ranks = [len(w) for name, w in tensors.items() if name.endswith("_l1.weight")]
-    if ranks: llm = _with_lora(_with_biases(llm), ranks[0])
-    _tune(llm, tensors)
+    _check_sizes(llm, weights)
+    bind, injection = _make_bind(weights), _make_injection(weights, llm.config)
+    told = check_base(llm, recorded.get("fingerprint"))
+    if not told: _check_vocabulary(llm)
+    ranks = [len(w) for name, w in weights.items() if name.endswith("_l1.weight")]
+    plain, llm = llm, _with_lora(_with_biases(llm), ranks[0]) if ranks else llm
+    _check_weights("adapter", weights, adapter_weights(llm, bind, injection))
+    if not ranks: told = _check_norms(plain, weights)
+    if not told: _warn_of(llama if plain is not llama else plain.name_or_path or type(plain).__name__)
+    _fill(bind, {ours: weights[name].float() for name, ours in translate(weights, BIND).items()})
+    _fill(injection, _injection_state(weights))
+    _fill_tuned(llm, weights)
     return Adapted(llm, bind, injection)
 
-# %% ../nbs/07_checkpoints.ipynb #76722dbd
-def _make_bind(state: dict[str, Tensor]) -> BindNetwork:
-    "The bind network whose shape and kind the tensors show."
+# %% ../nbs/07_checkpoints.ipynb #30165917
+def _warn_of(name: str | Path):
+    "Say that nobody can tell whether the LLaMA called `name` is the right one."
+    warnings.warn(f"adapter: it does not tell which LLaMA it was made for; over another one than {str(name)!r} "
+                  "it answers fluent nonsense", stacklevel=3)
+
+
+def _make_bind(weights: dict[str, Tensor]) -> BindNetwork:
+    "A bind network without memory, of the shape and kind that the adapter's `weights` show."
+    state = {ours: weights[name] for name, ours in translate(weights, BIND).items()}
     hidden, features = state["project.weight"].shape
+    inner = next((len(w) for name, w in state.items() if name.endswith("gate.weight")), hidden)
     blocks = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
-    expansion = len(state["blocks.0.gate.weight"]) // hidden if blocks else 1
     norm = "layer" if "blocks.0.norm.bias" in state else "rms"
-    with init_empty_weights(): bind = BindNetwork(features, hidden, blocks, expansion, norm)
-    return _fill(bind, state, "adapter")
+    with init_empty_weights(): return BindNetwork(features, hidden, blocks, inner // hidden, norm)
 
 
-def _make_injection(state: dict[str, Tensor], config: LlamaConfig) -> GatedInjection:
-    "The injection into the last layers, as many as there are queries."
-    layers = len(state["queries"])
-    if layers > config.num_hidden_layers:
-        raise ValueError(f"llama: got {config.num_hidden_layers} layers, wants {layers} at least for this adapter")
-    with init_empty_weights():
-        injection = GatedInjection(config.hidden_size, config.num_hidden_layers, config.num_attention_heads, layers)
-    return _fill(injection, state, "adapter")
+def _make_injection(weights: dict[str, Tensor], config: LlamaConfig) -> GatedInjection:
+    "An injection without memory into the last layers, as many as there are queries."
+    sizes = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    with init_empty_weights(): return GatedInjection(*sizes, len(weights["prefix_query.weight"]))
 
-# %% ../nbs/07_checkpoints.ipynb #0028dade
+# %% ../nbs/07_checkpoints.ipynb #4eefd797
 def adapter_weights(llm: nn.Module, bind: BindNetwork, injection: GatedInjection) -> dict[str, Tensor]:
-    "The tensors of an adapter file under the released names: the inverse of `load_adapter`."
-    state = base_model(llm).state_dict()
+    """The tensors of an adapter file under the released names: the inverse of `load_adapter`.
+
+    Raises ValueError for a bind network of more than the three blocks that the layout has names for."""
+    if len(bind.blocks) > 3: raise ValueError(f"bind: got {len(bind.blocks)} blocks, wants at most 3, as released")
+    state = {name.replace(".modules_to_save.default", ""): w for name, w in base_model(llm).state_dict().items()}
     names = translate(bind.state_dict(), BIND, back=True)
     weights = {theirs: bind.state_dict()[ours] for ours, theirs in names.items()}
     weights["prefix_query.weight"] = injection.queries.detach()
-    first = llm.config.num_hidden_layers - len(injection.gates)
-    gates = torch.cat([torch.zeros(first, injection.gates.shape[1]), injection.gates.detach().cpu()])
+    first, heads = llm.config.num_hidden_layers - len(injection.gates), injection.gates.shape[1]
+    gates = torch.cat([injection.gates.new_zeros(first, heads), injection.gates.detach()])
     weights |= {f"llama.layers.{i}.attention.gate": gate.view(1, -1, 1, 1) for i, gate in enumerate(gates)}
-    tuned = translate(state, TUNED, back=True)
     return weights | {f"llama.{theirs}": _in_our_order(ours, state[ours], llm.config, back=True)
-                      for ours, theirs in tuned.items()}
+                      for ours, theirs in translate(state, TUNED, back=True).items()}
 
-# %% ../nbs/07_checkpoints.ipynb #8193f5e9
-def load_published(imagebind, adapter, llama, tokenizer, text_tokenizer=None, cache: str | Path | None = None,
-                   dtype: torch.dtype | None = None, config: ImageBindConfig | None = None) -> ImageBindLLM:
-    """`ImageBindLLM` from released files; arguments as in `load_imagebind`, `load_adapter` and `VisualCache.load`.
+# %% ../nbs/07_checkpoints.ipynb #0028dade
+def load_official(imagebind: str | Path | dict, adapter: str | Path | dict, llama: str | Path | nn.Module,
+                  knn: str | Path | VisualCache | None = None, tokenizer=None, text_tokenizer=None,
+                  dtype: torch.dtype | None = None, config: ImageBindConfig | None = None) -> ImageBindLLM:
+    """The `ImageBindLLM` in released files, in evaluation mode; arguments as in `load_imagebind` and `load_adapter`.
 
-    `tokenizer` is LLaMA's and `text_tokenizer` CLIP's: loaded, a folder or a Hub id. ValueError if parts disagree."""
+    `knn` is the cache's index, for `VisualCache.load`, or loaded. `tokenizer` is LLaMA's, found in its folder if None;
+    `text_tokenizer` is CLIP's, without which text is no input sense: loaded, a folder or a Hub id. ValueError if parts
+    disagree."""
+    if tokenizer is None and isinstance(llama, nn.Module): raise ValueError("tokenizer: got none, wants LLaMA's")
+    words = _tokenizer(llama if tokenizer is None else tokenizer)
     encoder, adapted = load_imagebind(imagebind, config), load_adapter(adapter, llama, dtype)
-    blocks = adapted.bind.blocks
-    norm = "rms" if isinstance(blocks[0].norm, nn.RMSNorm) else "layer"
-    shape = BindConfig(len(blocks), blocks[0].gate.out_features // blocks[0].gate.in_features, norm)
-    config = ModelConfig(encoder=encoder.config, bind=shape, layers=len(adapted.injection.gates))
+    _check_parts(encoder, adapted, words)
+    sizes = ModelConfig(encoder=encoder.config, bind=_bind_config(adapted.bind), layers=len(adapted.injection.gates))
+    cache = VisualCache.load(knn) if isinstance(knn, (str, Path)) else knn
     with init_empty_weights():
-        model = ImageBindLLM(config, adapted.llm, _tokenizer(tokenizer), _tokenizer(text_tokenizer), encoder)
+        model = ImageBindLLM(sizes, adapted.llm, words, _tokenizer(text_tokenizer), encoder, cache)
     model.bind, model.injection = adapted.bind, adapted.injection
-    model.cache = VisualCache.load(cache) if cache else None
-    base_model(adapted.llm).generation_config = GenerationConfig(
-        do_sample=True, temperature=0.1, top_p=0.75, max_new_tokens=256, bos_token_id=model.tokenizer.bos_token_id,
-        eos_token_id=model.tokenizer.eos_token_id, pad_token_id=model.tokenizer.pad_token_id)
+    base_model(adapted.llm).generation_config = _generation_config(model.tokenizer)
     return model.eval()
 
-
+# %% ../nbs/07_checkpoints.ipynb #2e2cc479
 def _tokenizer(source) -> PreTrainedTokenizerBase | None:
     "`source` itself, or the tokenizer in that folder or Hub repository."
-    return AutoTokenizer.from_pretrained(source) if isinstance(source, (str, Path)) else source
+    return load_tokenizer(source) if isinstance(source, (str, Path)) else source
+
+
+def _bind_config(bind: BindNetwork) -> BindConfig:
+    "The configuration that makes such a bind network."
+    gate, norm = bind.blocks[0].gate, "rms" if isinstance(bind.blocks[0].norm, nn.RMSNorm) else "layer"
+    return BindConfig(len(bind.blocks), gate.out_features // gate.in_features, norm)
+
+
+def _generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    "How the released code samples."
+    return GenerationConfig(
+        do_sample=True, temperature=0.1, top_p=0.75, max_new_tokens=256, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+
+# %% ../nbs/07_checkpoints.ipynb #73b28965
+def _check_parts(encoder: ImageBind, adapted: Adapted, tokenizer: PreTrainedTokenizerBase):
+    "One line of ValueError if encoder, adapter or tokenizer were made for other partners."
+    width, wanted = encoder.config.feature_dim, adapted.bind.project.in_features
+    if width != wanted: raise ValueError(f"imagebind: got features of width {width}, wants {wanted}, the adapter's")
+    vocabulary = adapted.llm.config.vocab_size
+    if len(tokenizer) > vocabulary:
+        raise ValueError(f"tokenizer: got {len(tokenizer)} tokens, wants LLaMA's; its vocabulary has {vocabulary}")
+
+# %% ../nbs/07_checkpoints.ipynb #cbc134a7
+def export_official(model: ImageBindLLM, folder: str | Path, suffix: str = ".pth") -> dict[str, Path]:
+    """Write the encoder and the adapter of `model` as released files in `folder`: their paths, by argument of
+    `load_official`. `suffix` is `.pth` or `.safetensors`.
+
+    Raises ValueError for a model that the released layout cannot hold."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "imagebind_w3D" if "point" in model.encoder.towers else "imagebind_huge"
+    paths = {"imagebind": folder / f"{name}{suffix}", "adapter": folder / f"adapter{suffix}"}
+    adapter = adapter_weights(model.llm, model.bind, model.injection)
+    mark = base_fingerprint(model.llm)
+    write_weights(imagebind_weights(model.encoder), paths["imagebind"])
+    write_weights(adapter, paths["adapter"], **({"fingerprint": mark} if mark else {}))
+    return paths
+
+# %% ../nbs/07_checkpoints.ipynb #8193f5e9
+class Published(NamedTuple):
+    "A file on the Hub."
+    repository: str
+    file: str
+    gigabytes: float
+    licence: str
+    revision: str | None = None  # commit, 40 hexadecimal digits
+
+
+PUBLISHED = {
+    "imagebind": Published("ZiyuG/ImageBind_w3D", "imagebind_w3D.pth", 4.89, "CC BY-NC-SA 4.0: not for commercial use",
+                           "e9206a10f118b0790c730264e7b3aa5c324c35cb"),
+    "adapter": Published("Cxxs/ImageBind-LLM", "7B.pth", 2.60, "GPL 3.0, its code's; weights: not stated",
+                         "1421890dab25b1ea7b59bb2a3ba7a70285a1c22a"),
+    "knn": Published("csuhan/knn", "knn.index", 13.3, "not stated; features of CC3M's images")}
+LLAMA_NEEDED = ("llama: 13.5 GB, not downloaded. Ask Meta for LLaMA-1 7B under its licence, and give load_official "
+                "its folder (consolidated.00.pth, params.json, tokenizer.model), or one in Hugging Face's layout.")
+
+# %% ../nbs/07_checkpoints.ipynb #a6f8bf53
+def _plan(files: dict[str, Published]) -> str:
+    "What will be downloaded, in lines a person reads first."
+    lines = [f"{part}: {f.gigabytes:.2f} GB, {f.repository}/{f.file} at {(f.revision or 'no commit')[:9]} ({f.licence})"
+             for part, f in files.items()]
+    home, total = str(Path.home()), sum(f.gigabytes for f in files.values())
+    return "\n".join([*lines, LLAMA_NEEDED, f"{total:.1f} GB go to {constants.HF_HUB_CACHE.replace(home, '~')}"])
+
+
+def _fetch(part: str, file: Published) -> Path:
+    "Path of `file` on this machine, downloaded if need be. One line of error for no network or another size."
+    try: path = Path(hf_hub_download(file.repository, file.file, revision=file.revision))
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"{part}: no copy here and no way to the Hub; where there is one, run `hf download {file.repository} "
+            f"{file.file} --revision {file.revision} --local-dir .`, and give load_official the file's path") from error
+    if abs(path.stat().st_size / 1e9 / file.gigabytes - 1) > 0.02:
+        raise ValueError(f"{part}: {file.file} has {path.stat().st_size / 1e9:.2f} GB, wants {file.gigabytes:.2f}")
+    return path
+
+# %% ../nbs/07_checkpoints.ipynb #d326f66d
+def download_official(parts: tuple[str, ...] = ("imagebind", "adapter"),
+                      revisions: dict[str, str] | None = None) -> dict[str, Path]:
+    """Fetch the published files of `parts` (of `PUBLISHED`) into Hugging Face's cache: their paths, as `load_official`
+    takes them. Prints first what, how large, under which licence, and where to.
+
+    `revisions` names commits, where none is recorded or another is wanted. ValueError for an unknown part, no commit or
+    a file of another size; ConnectionError, with what to do, for a file that is not here when there is no network."""
+    if unknown := [part for part in parts if part not in PUBLISHED]:
+        raise ValueError(f"parts: got {unknown}, wants some of {list(PUBLISHED)}")
+    files = {part: PUBLISHED[part]._replace(revision=(revisions or {}).get(part, PUBLISHED[part].revision))
+             for part in parts}
+    print(_plan(files))
+    for part, file in files.items():
+        if not re.fullmatch("[0-9a-f]{40}", file.revision or ""):
+            raise ValueError(f"revisions: got {file.revision!r} for {part!r}, wants the commit (40 hexadecimal digits) "
+                             f"that the page of {file.repository} shows")
+    return {part: _fetch(part, file) for part, file in files.items()}
