@@ -4,13 +4,18 @@ import time
 from dataclasses import asdict
 from html import unescape
 
+import av
+import numpy as np
 import pytest
 import torch
-from ipywidgets import Button, Image, Widget
+from ipywidgets import HTML, Button, Widget
 from matplotlib.figure import Figure
+from plotly.basedatatypes import BaseFigure
 
 import ibllm
-from ibllm.explorer import CacheRow, Explorer, draw_view, neighbours, next_tokens, sample_inputs
+from ibllm.explorer import (
+    CacheRow, Explorer, combine, draw_cloud, draw_map, draw_view, memory_pictures, mp4, neighbours, next_tokens, pca,
+    place, sample_inputs, show_input, store_places, stored_places, thumbnails, toyland_atlas)
 from ibllm.world import SENSORS, project_folder
 
 QUESTION = "what is this ?"
@@ -28,9 +33,18 @@ def model():
     return model
 
 
+@pytest.fixture(scope="module")
+def pictures(model): return memory_pictures(model)
+
+
+@pytest.fixture(scope="module")
+def atlas(model): return toyland_atlas(model, count=20)
+
+
 @pytest.fixture
-def explorer(model, samples):
-    explorer = Explorer(model, samples)
+def explorer(model, samples, pictures, atlas):
+    explorer = Explorer(model, samples, pictures=lambda _: pictures, atlas=lambda _: atlas)
+    explorer.preparation.join()
     yield explorer
     explorer.stop()
     if explorer.worker: explorer.worker.join()
@@ -40,7 +54,7 @@ def explorer(model, samples):
 def bell(samples): return {"audio": (samples["bell"]["audio"], 1.), "depth": (samples["bell"]["depth"], .5)}
 
 
-def endless(self, inputs, question, cache):
+def endless(self, inputs, question, cache, scale):
     for i in itertools.count():
         time.sleep(.005)
         yield f"{i} "
@@ -82,30 +96,35 @@ def test_neighbours_need_a_cache_and_a_feature(model, bell, monkeypatch):
 
 @torch.no_grad()
 def test_next_tokens_go_from_the_language_model_alone_to_the_trained_model(model, bell):
-    tokens, probabilities = next_tokens(model, bell, QUESTION, (0, 1, 2), cache=False, count=5)
-    ids = model.tokenize([QUESTION])["input_ids"]
+    told = next_tokens(model, bell, QUESTION, (0, 1), cache=False, count=5)
+    [answer] = model.generate(bell, QUESTION, cache=False)
+    assert answer.startswith(told.written.strip()) and told.probabilities.shape == (2, len(told.tokens)) == (2, 5)
+    written = model.tokenizer(told.written, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
+    ids = torch.cat([model.tokenize([QUESTION])["input_ids"], written], dim=1)
     alone = model.llm(ids).logits[0, -1].softmax(-1)
     whole = model(ids, model.prepare(bell, cache=False)).logits[0, -1].softmax(-1)
-    top = torch.stack([alone, whole]).amax(0)
-    for row, wanted in zip(probabilities, (alone, whole)):
+    for row, wanted in zip(told.probabilities, (alone, whole)):
         assert all((wanted - p).abs().min() < 1e-5 for p in row)
-    assert len(tokens) == 5 and probabilities.shape == (3, 5)
-    assert probabilities.amax(0).tolist() == sorted(probabilities.amax(0).tolist(), reverse=True)
-    assert probabilities.max() >= top.max() - 1e-5
-    assert not torch.allclose(probabilities[0], probabilities[1])
+    best = told.probabilities.amax(0)
+    assert best.tolist() == sorted(best.tolist(), reverse=True)
+    assert best.max() >= torch.stack([alone, whole]).max() - 1e-5
+
+
+def test_next_tokens_are_shown_where_the_scales_disagree(model, bell):
+    told = next_tokens(model, bell, QUESTION, (0, 1), cache=False, count=len(model.tokenizer))
+    first = next_tokens(model, bell, QUESTION, (1,), cache=False, count=len(model.tokenizer))  # one scale: no dispute
+    assert first.written == "" and first.probabilities.sum().item() == pytest.approx(1, abs=1e-4)
+    assert (told.probabilities[0] - told.probabilities[1]).abs().sum() > .1
 
 
 def test_next_tokens_take_the_cache_into_account(model, bell):
-    first, second = (next_tokens(model, bell, QUESTION, (1,), cache, count=len(model.tokenizer))[1].sum()
-                     for cache in (False, dict(k=3, temperature=5., weight=1.)))
-    assert first.item() == pytest.approx(1, abs=1e-4) and second.item() == pytest.approx(1, abs=1e-4)
-    first, second = (next_tokens(model, bell, QUESTION, (1,), cache)[1] for cache in (False, True))
+    first, second = (next_tokens(model, bell, QUESTION, (1,), cache).probabilities for cache in (False, True))
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("scales", [(), (float("nan"),), (1, float("inf"))])
-def test_bad_scales_are_explained(model, bell, scales):
-    with pytest.raises(ValueError, match="scales: got .* wants at least one finite number"):
+@pytest.mark.parametrize("scales, got", [((), "none"), ((float("nan"),), "nan"), ((1, float("inf")), "inf")])
+def test_bad_scales_are_explained(model, bell, scales, got):
+    with pytest.raises(ValueError, match=f"scales?: got {got}, wants .* finite number"):
         next_tokens(model, bell, QUESTION, scales)
 
 
@@ -117,6 +136,176 @@ def test_view_has_both_charts(model, bell):
     assert draw_view(model, {}, QUESTION).axes[0].texts[0].get_text() == "the cache is not used"
 
 
+def test_inputs_are_shown_as_the_model_got_them(model, samples):
+    shown = {sense: show_input(model.processor, sense, path, "<a> bell") for sense, path in samples["bell"].items()}
+    assert "bell" in shown["text"] and "<audio" in shown["audio"] and "<video" in shown["video"]
+    assert all("image/png" in shown[sense] for sense in ("image", "audio", "point", "depth", "thermal", "imu"))
+    assert all("<a> bell" not in html and "&lt;a&gt; bell" in html for sense, html in shown.items() if sense != "text")
+    assert " autoplay" in show_input(model.processor, "audio", samples["bell"]["audio"].read_bytes(), "", play=True)
+    assert "<b>" not in show_input(model.processor, "text", b"<b>bell", "")
+    with pytest.raises(ValueError): show_input(model.processor, "image", b"no picture", "")
+
+
+def test_films_can_be_played(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    (tmp_path / "a.mp4").write_bytes(mp4(frames))
+    with av.open(str(tmp_path / "a.mp4")) as film:
+        assert film.streams.video[0].codec_context.pix_fmt == "yuv420p"
+        assert [frame.width for frame in film.decode(video=0)] == [64] * 5
+
+
+def test_cloud_keeps_its_points(model, samples):
+    points = model.processor("point", samples["bell"]["point"])[0]
+    [trace] = draw_cloud(points).data
+    assert np.array_equal(np.stack([trace.x, trace.z, trace.y]).T, points.numpy())
+
+
+def test_thumbnails_show_what_was_found(model, bell, pictures):
+    found = neighbours(model, bell, k=4)
+    shown = thumbnails(found, pictures)
+    assert shown.count("<img") == thumbnails(found).count("<img") == 4 and shown != thumbnails(found)
+    for similarity, weight in zip(found.similarities[0], found.weights[0]):
+        assert f"similar {similarity:.2f}<br>weight {weight:.0%}" in shown
+
+
+def test_memory_pictures_are_those_of_the_memory(model, pictures, monkeypatch):
+    rows = torch.tensor([3, 777, len(pictures) - 1])
+    similarities, ids = model.cache.search(model.embed({"image": pictures[rows].numpy()})["image"], 1)
+    assert ids[:, 0].tolist() == rows.tolist() and similarities.min() > .999
+    monkeypatch.setattr(model, "cache", ibllm.cache.VisualCache.build(torch.randn(500, model.cache.width)))
+    with pytest.raises(ValueError, match="memory: it was not made from"): memory_pictures(model)
+    monkeypatch.setattr(model, "cache", None)
+    with pytest.raises(ValueError, match="model: got one without a cache"): memory_pictures(model)
+
+
+# The map
+
+def test_recordings_of_the_map_are_files_that_have_its_features(model, atlas):
+    assert len(atlas.features) == len(atlas.places) == 20 * len(SENSORS)
+    for n, sense in enumerate(SENSORS):
+        i = n * 20 + 7
+        assert atlas.sense(i) == sense and atlas.words(i).startswith(f"{sense} 7: ")
+        again = model.embed({sense: [atlas.file(i)]})[sense]
+        assert (again @ atlas.features[i]).item() > .99  # files round
+
+
+def test_stored_map_is_the_one_of_the_shipped_weights(model):
+    assert toyland_atlas(model).method == "UMAP", "the weights changed: run nbs/walkthrough/07_mix_the_senses.ipynb"
+
+
+def test_places_are_stored_for_these_features_only(atlas, tmp_path):
+    path = tmp_path / "map.npz"
+    assert stored_places(atlas, path) is None
+    store_places(atlas, path)
+    torch.testing.assert_close(stored_places(atlas, path), atlas.places, atol=.006, rtol=0)
+    assert stored_places(atlas._replace(features=atlas.features.flip(0)), path) is None
+    assert stored_places(atlas._replace(features=atlas.features[:80], things=atlas.things[:10]), path) is None
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_pca_keeps_the_two_widest_directions():
+    wide = torch.randn(200, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([.1, 5., .1, 2., .1]) + 3
+    first, second = pca(wide).T
+    centred = wide - wide.mean(0)
+    assert torch.corrcoef(torch.stack([first, centred[:, 1]]))[0, 1].abs() > .99
+    assert torch.corrcoef(torch.stack([second, centred[:, 3]]))[0, 1].abs() > .99
+
+
+def test_features_are_placed_among_their_neighbours(atlas):
+    torch.testing.assert_close(place(atlas.features, atlas, k=1), atlas.places)
+    between = place(atlas.features[:1] + atlas.features[1:2], atlas, temperature=5.)
+    assert (between > atlas.places.amin(0)).all() and (between < atlas.places.amax(0)).all()
+
+
+def test_sums_of_features(atlas):
+    a, b, c = atlas.features[:3].split(1)
+    total = combine(a, b, c)
+    torch.testing.assert_close(total * (a - b + c).norm(), a - b + c)
+    with pytest.raises(ValueError, match="a − b [+] c: nothing is left"): combine(a, 2 * a, a)
+
+
+def test_static_map_has_a_dot_for_every_recording(atlas):
+    assert [len(axes.collections[0].get_offsets()) for axes in draw_map(atlas).axes] == [160, 160]
+
+
+def test_map_colours_by_kind_and_names_the_kinds(explorer):
+    explorer.map.colour.value = "kind"
+    figure, things = explorer.map.figure, explorer.map.atlas.things
+    assert len(set(figure.data[0].marker.color)) == len(set(things.kind.tolist()))
+    assert {note.text for note in figure.layout.annotations} == {things.words(i)["kind"] for i in range(len(things))}
+    explorer.map.colour.value = "sense"
+    assert not figure.layout.annotations and len(set(figure.data[0].marker.color)) == 1
+
+
+def marked(explorer, name):
+    [trace] = explorer.map.figure.select_traces(selector=dict(name=name))
+    return torch.tensor([trace.x, trace.y]).T
+
+
+def test_marks_follow_the_sliders(explorer, model):
+    explorer.senses["audio"].choice.label, explorer.senses["image"].choice.label = "bell", "ball"
+    explorer.worker.join()
+    before = marked(explorer, "mixture → enhanced")
+    explorer.senses["audio"].weight.value = .1
+    explorer.worker.join()
+    after, asked = marked(explorer, "mixture → enhanced"), explorer.request()
+    mixture = model.prepare(asked["inputs"], cache=False)
+    both = place(torch.cat([mixture, model.enhance(mixture, asked["cache"])]), explorer.map.atlas)
+    torch.testing.assert_close(after, both, atol=1e-4, rtol=0)
+    assert (before - after).abs().max() > 1e-3
+    explorer.cache.use.value = False
+    explorer.worker.join()
+    assert len(marked(explorer, "mixture → enhanced")) == 1
+
+
+def test_choosing_on_the_map_asks_about_the_recording(explorer):
+    explorer.map.sense.value, explorer.map.number.value = "audio", 5
+    explorer.map.button.click()
+    explorer.worker.join()
+    assert list(explorer.request()["inputs"]) == ["audio"] and explorer.status.value == "done"
+    assert explorer.senses["audio"].choice.label == explorer.map.atlas.words(3 * 20 + 5)
+    assert "<audio" in explorer.map.preview.value and explorer.plain.value
+    torch.testing.assert_close(marked(explorer, "chosen"), explorer.map.atlas.places[65:66], atol=1e-4, rtol=0)
+
+
+@pytest.mark.xfail(reason="the lasso is unfinished: see the browser tests of the map", strict=False)
+def test_the_lasso_chooses_what_is_in_its_middle(explorer):
+    figure, atlas = explorer.map.figure, explorer.map.atlas
+    x, y = atlas.places[24].tolist()
+    lassos = (dict(type="path", path=f"M{x - 1},{y}L{x},{y + 1}L{x + 1},{y}L{x},{y - 1}Z"),
+              dict(type="rect", x0=x - 1, x1=x + 1, y0=y - 1, y1=y + 1))
+    for lasso in lassos:
+        explorer.map.preview.value = ""
+        figure.layout.selections = [lasso]
+        assert atlas.words(24) in explorer.map.preview.value and not figure.layout.selections
+    assert explorer.senses["video"].choice.label == atlas.words(24)
+    figure.data[1].visible = "legendonly"
+    figure.layout.selections = [lassos[0]]
+    assert "video" not in explorer.map.preview.value
+
+
+def test_three_recordings_make_a_sum(explorer, model):
+    atlas = explorer.map.atlas
+    for name, i in dict(a=0, b=60, c=67).items():
+        explorer.map.action.value = name
+        explorer.map.choose(i)
+    explorer.worker.join()
+    feature = combine(*atlas.features[[0, 60, 67]].split(1))
+    [answer] = model.answer(model.enhance(feature), QUESTION)
+    assert explorer.status.value == "done" and f"<b>{answer}</b>" in explorer.map.sum.value
+    torch.testing.assert_close(marked(explorer, "a − b + c")[-1:], place(feature, atlas), atol=1e-4, rtol=0)
+
+
+def test_what_cannot_be_prepared_says_so(model, samples):
+    def fail(model): raise ValueError("no <map> today")
+    explorer = Explorer(model, samples, pictures=fail, atlas=fail)
+    explorer.preparation.join()
+    assert explorer.retrieved.value == explorer.map_box.children[0].value == "<b>no &lt;map&gt; today</b>"
+    explorer.senses["audio"].choice.label = "bell"
+    explorer.worker.join()
+    assert explorer.status.value == "done" and "similar" in explorer.retrieved.value
+
+
 # Controls
 
 def controls(widget: Widget):
@@ -125,27 +314,45 @@ def controls(widget: Widget):
 
 
 def test_every_control_has_a_label_and_fits_800_pixels(explorer):
-    leaves = [w for w in controls(explorer) if not getattr(w, "children", None)]
-    labels = [w.description for w in leaves if not isinstance(w, Image)]
+    leaves = [w for w in controls(explorer) if not hasattr(w, "children") and not isinstance(w, BaseFigure)]
+    labels = [w.description for w in leaves if not isinstance(w, HTML)]
     assert all(labels) and len(set(labels)) == len(labels)
-    for row in explorer.children:
-        assert sum(int((w.layout.width or "0px")[:-2]) for w in getattr(row, "children", (row,))) <= 720
+    assert all(int(w.layout.width[:-2]) <= 720 for w in leaves if w.layout.width)
+    assert all(w.layout.flex_flow == "row wrap" for w in controls(explorer) if type(w).__name__ in ("HBox", "SenseRow"))
     assert not any(getattr(w, "continuous_update", False) for w in leaves if "Slider" in type(w).__name__)
     assert "/" not in repr(explorer)
 
 
 def test_answers_are_the_models(explorer, model, samples):
     explorer.senses["audio"].choice.label, explorer.senses["point"].choice.label = "bell", "ball"
-    explorer.question.value = "what colour is it ?"
+    explorer.question.value, explorer.scale.value = "what colour is it ?", 1.5
     asked = explorer.request()
     assert asked["inputs"] == {"audio": (samples["bell"]["audio"], 1.), "point": (samples["ball"]["point"], 1.)}
-    assert asked["cache"] == asdict(model.config.cache) and asked["scale"] == 1
+    assert asked["cache"] == asdict(model.config.cache) and asked["scale"] == 1.5
     explorer.ask_button.click()
     explorer.worker.join()
     assert (explorer.status.value, explorer.stop_button.disabled) == ("done", True)
     for box, cache in ((explorer.cached, asked["cache"]), (explorer.plain, False)):
-        assert unescape(box.value) == model.generate(asked["inputs"], asked["question"], cache=cache)[0]
-    assert bytes(explorer.picture.value[:4]) == b"\x89PNG"
+        assert unescape(box.value) == model.generate(asked["inputs"], asked["question"], cache=cache, scale=1.5)[0]
+    assert explorer.retrieved.value.count("<img") == model.config.cache.k
+    assert "<img" in explorer.chart.value and "<img" in explorer.gates.value
+    assert [s for s, card in explorer.given.cards.items() if card.layout.display != "none"] == ["audio", "point"]
+
+
+def test_at_scale_zero_the_language_model_answers_alone(explorer, model):
+    explorer.senses["audio"].choice.label = "bell"
+    explorer.scale.value = 0.
+    explorer.worker.join()
+    assert explorer.cached.value == explorer.plain.value == model.generate(None, QUESTION)[0]
+
+
+def test_cards_come_and_go(explorer):
+    cloud, point = explorer.given.cloud, explorer.senses["point"].choice
+    for label, display in (("bell", ""), ("ball", ""), ("none", "none")):
+        point.label = label
+        explorer.worker.join()
+        assert cloud.layout.display == explorer.given.cards["point"].layout.display == display
+        assert len(cloud.children) == 1
 
 
 def test_words_alone_and_an_unused_cache(explorer):
@@ -155,10 +362,12 @@ def test_words_alone_and_an_unused_cache(explorer):
     assert explorer.status.value == "done" and "not used" in explorer.cached.value
 
 
-@pytest.mark.parametrize("name", ["weight", "cache", "scale"])
+@pytest.mark.parametrize("name", ["choice", "weight", "cache", "scale", "question"])
 def test_letting_go_of_a_control_asks(explorer, monkeypatch, name):
     asked = []
     monkeypatch.setattr(explorer, "_answer", lambda request, stopped: asked.append(request))
+    if name == "choice": explorer.senses["imu"].choice.label = "bell"
+    if name == "question": explorer.question.value = "what colour is it ?"
     if name == "weight": explorer.senses["imu"].weight.value = .5
     if name == "cache": explorer.cache.use.value = False
     if name == "scale": explorer.scale.value = 2.
@@ -191,8 +400,9 @@ def test_asking_again_replaces_the_answer_under_way(explorer, monkeypatch):
 
 @pytest.mark.parametrize("upset, words", [
     (lambda e: setattr(e.question, "value", " "), "prompts: got"),
-    (lambda e: e.senses["image"].add({"new": [{"name": "a.png", "content": b"<b>no picture"}]}), "cannot be read"),
-], ids=["no question", "no picture"])
+    (lambda e: e.senses["image"].add({"new": [{"name": "a.png", "content": b"<b>no"}]}), "a.png: cannot be read"),
+    (lambda e: e.senses["image"].add({"new": [{"name": "a.png", "content": b""}]}), "a.png: empty; give a picture"),
+], ids=["no question", "no picture", "empty file"])
 def test_errors_are_shown_in_words(explorer, upset, words):
     upset(explorer)
     explorer.ask()
@@ -205,6 +415,13 @@ def test_errors_are_shown_in_words(explorer, upset, words):
     assert explorer.status.value == "done"
 
 
+def test_an_uploaded_file_keeps_the_format_that_its_name_tells(explorer):
+    shape = b"v 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nf 1 2 3\nf 1 2 4\n"
+    explorer.senses["point"].add({"new": [{"name": "corner.obj", "content": memoryview(shape)}]})
+    explorer.worker.join()
+    assert explorer.status.value == "done" and explorer.senses["point"].choice.label == "corner.obj"
+
+
 def test_a_model_without_a_cache_has_its_controls_disabled(model, samples, monkeypatch):
     monkeypatch.setattr(model, "cache", None)
     row = CacheRow(model)
@@ -213,4 +430,4 @@ def test_a_model_without_a_cache_has_its_controls_disabled(model, samples, monke
 
 def test_buttons_are_the_ones_shown(explorer):
     shown = [w for w in controls(explorer) if isinstance(w, Button)]
-    assert shown == [explorer.ask_button, explorer.stop_button]
+    assert shown == [explorer.ask_button, explorer.stop_button, explorer.map.button]
