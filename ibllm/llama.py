@@ -59,11 +59,6 @@ def _injectable(kind: type) -> type:
     return type(kind.__name__, (_TakesGatedValues, kind), {"__module__": kind.__module__})
 
 
-def base_model(llm: nn.Module) -> PreTrainedModel:
-    "The Hugging Face model inside a PEFT wrapper, or `llm` itself."
-    return llm.get_base_model() if hasattr(llm, "get_base_model") else llm
-
-
 def _attentions(llm: nn.Module) -> list[nn.Module]:
     "The attention modules of a decoder, first layer first."
     return [getattr(layer, "self_attn", None) for layer in getattr(base_model(llm).get_decoder(), "layers", [])]

@@ -6,11 +6,12 @@
 __all__ = ['GATE_LR', 'IGNORE', 'BIASES', 'NORMS', 'TOYLAND_INPUTS', 'TOYLAND_PROMPT', 'FROM_NOTHING', 'RECIPES', 'QUICK',
            'Batches', 'Columns', 'Recipe', 'learning_rate', 'parameter_groups', 'make_optimizers', 'LossPicture',
            'running_mean', 'ProgressBar', 'watch', 'fingerprint', 'run_key', 'save_checkpoint', 'load_checkpoint',
-           'learned_state', 'Run', 'fit', 'take_step', 'info_nce', 'gather_rows', 'start_like', 'Binding',
-           'tokenize_pairs', 'NextToken', 'freeze', 'prepare_stage_one', 'prepare_stage_two', 'count_trainable',
-           'toyland_imagebind', 'train_tokenizer', 'toyland_text', 'reading_text', 'as_prompts', 'toyland_llm',
-           'toyland_model', 'recipe_for', 'extract_features', 'read_recording', 'caption_pairs', 'instruction_pairs',
-           'build_folder', 'before_stage_two', 'previous_model', 'train_stages']
+           'learned_state', 'Run', 'fit', 'take_step', 'info_nce', 'gather_rows', 'start_like', 'Jitter', 'Binding',
+           'released_exercise', 'released_example', 'sub_epoch', 'released_groups', 'tokenize_pairs', 'NextToken',
+           'freeze', 'prepare_stage_one', 'prepare_stage_two', 'count_trainable', 'toyland_imagebind',
+           'train_tokenizer', 'toyland_text', 'reading_text', 'as_prompts', 'toyland_llm', 'toyland_model',
+           'recipe_for', 'extract_features', 'read_recording', 'caption_pairs', 'instruction_pairs', 'build_folder',
+           'before_stage_two', 'previous_model', 'picture_features', 'train_stages']
 
 # %% ../nbs/08_training.ipynb #8f0f1470
 import copy, hashlib, json, math, os, tempfile, time
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -29,7 +31,7 @@ from .encoders import (AudioConfig, DepthConfig, ImageBind, ImageBindConfig, IMU
 from .inputs import InputConfig, Processor
 from .llama import enable_injection
 from .model import ImageBindLLM, ModelConfig, PromptTemplate, load, quiet
-from .world import (AUDIO_RATE, IMU_RATE, VIDEO_FPS, Things, ask, ask_in_words, draw_things,
+from .world import (AUDIO_RATE, IMU_RATE, VIDEO_FPS, Things, ask, ask_in_words, draw_things, record, split_things,
                          project_folder, write_atomically)
 
 # %% ../nbs/08_training.ipynb #c0065f94
@@ -290,17 +292,75 @@ def start_like(tower: nn.Module, trained: nn.Module):
             if name in same and same[name].shape == p.shape: same[name].copy_(p)
 
 # %% ../nbs/08_training.ipynb #36347450
+class Jitter(nn.Module):
+    """While training, mirror pictures `[B, C, H, W]` by chance and move each by up to `shift` pixels; the edges are
+    repeated. Otherwise leave them alone."""
+    def __init__(self, shift: int = 2):
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, pictures):
+        if not self.training: return pictures
+        (batch, _, height, width), on = pictures.shape, dict(device=pictures.device)
+        mirrored = torch.rand(batch, 1, 1, 1, **on) < .5
+        padded = F.pad(torch.where(mirrored, pictures.flip(-1), pictures), (self.shift,) * 4, mode="replicate")
+        down, right = torch.randint(2 * self.shift + 1, (2, batch, 1), **on)
+        rows, columns = torch.arange(height, **on) + down, torch.arange(width, **on) + right
+        each = torch.arange(batch, **on)[:, None, None]
+        return padded[each, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+# %% ../nbs/08_training.ipynb #0696308b
 class Binding(nn.Module):
     """InfoNCE between a tower's reading of `x` and `anchor`: features `[B, D]`, or the input of `anchor_tower` if that
-    learns as well."""
-    def __init__(self, tower: nn.Module, anchor_tower: nn.Module | None = None):
+    learns as well. `jitter` varies pictures: the anchors if `anchor_tower` reads them, else `x`."""
+    def __init__(self, tower: nn.Module, anchor_tower: nn.Module | None = None, jitter: Jitter | None = None):
         super().__init__()
-        self.tower, self.anchor_tower = tower, anchor_tower
+        self.tower, self.anchor_tower, self.jitter = tower, anchor_tower, jitter or nn.Identity()
 
     def forward(self, x, anchor):
-        if self.anchor_tower is not None: anchor = F.normalize(self.anchor_tower(anchor), dim=-1)
+        if self.anchor_tower is None: x = self.jitter(x)
+        else: anchor = F.normalize(self.anchor_tower(self.jitter(anchor)), dim=-1)
         feature = F.normalize(self.tower(x), dim=-1)
         return info_nce(gather_rows(feature), gather_rows(anchor), self.tower.logit_scale)
+
+# %% ../nbs/08_training.ipynb #18be3ad3
+def released_exercise(item: dict) -> tuple[str, str, str]:
+    """Instruction, context (perhaps empty) and answer in an item of the released data: `caption`, `conversations` (the
+    first exchange counts) or `instruction`, `input`, `output`. Raises ValueError for an item of another form."""
+    if "caption" in item: return "Generate caption of this image", "", item["caption"]
+    if "conversations" in item:
+        question, answer = item["conversations"][:2]
+        return question["value"], "", answer["value"]
+    if "instruction" in item: return item["instruction"], item.get("input", ""), item["output"]
+    raise ValueError(f"item: got keys {sorted(item)}, wants a caption, conversations or an instruction")
+
+def released_example(tokenizer, prompt: str, answer: str, length: int) -> dict[str, Tensor]:
+    """`ids` and `labels`, int64 `[length]`, of start + prompt + answer + end, padded with id 0 or cut. Labels are
+    `IGNORE` on padding and prompt; the released code has 0 there. Raises ValueError for a `length` below 2."""
+    if length < 2: raise ValueError(f"length: got {length}, wants at least 2 tokens")
+    head, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + answer))
+    row = torch.tensor([tokenizer.bos_token_id, *whole, tokenizer.eos_token_id])[:length]
+    ids, labels = torch.zeros(length, dtype=torch.long), torch.full((length,), IGNORE)
+    ids[:len(row)] = row
+    labels[1 + len(head):len(row)] = row[1 + len(head):]
+    return dict(ids=ids, labels=labels)
+
+# %% ../nbs/08_training.ipynb #064e336c
+def sub_epoch(examples: int, epoch: int, pieces: int, seed: int = 0, rank: int = 0, world: int = 1) -> list[int]:
+    """Indices that process `rank` of `world` reads in `epoch`, one of `pieces` of a pass over `examples`.
+
+    Every pass is shuffled anew; what does not fill all pieces is left out. Raises ValueError for too few examples."""
+    share = world * pieces
+    if examples < share: raise ValueError(f"examples: got {examples}, wants at least {share}, one for every piece")
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed + epoch // pieces))
+    return order[rank * pieces + epoch % pieces:examples - examples % share:share].tolist()
+
+def released_groups(objective: nn.Module, weight_decay: float) -> list[dict]:
+    "AdamW's groups of trainable parameters: matrices with `weight_decay`; biases and vectors without."
+    learned = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in learned if p.ndim > 1 and not name.endswith("bias")]
+    spared = [p for name, p in learned if p.ndim < 2 or name.endswith("bias")]
+    return [dict(params=decayed, weight_decay=weight_decay), dict(params=spared, weight_decay=0.0)]
 
 # %% ../nbs/08_training.ipynb #31813712
 IGNORE = -100                        # label of a token that is read but not learned
@@ -331,12 +391,14 @@ class NextToken(nn.Module):
         self.llm, self.bind, self.injection = llm, bind, injection
 
     def forward(self, ids, labels, feature=None):
-        length = int((labels != IGNORE).any(0).nonzero().max()) + 1          # columns beyond are padding in every row
+        learned = (labels != IGNORE).any(0).nonzero()
+        length = int(learned.max()) + 1 if len(learned) else 1               # columns beyond are padding in every row
         ids, labels = ids[:, :length], labels[:, :length]
         injected = {} if feature is None else dict(
             gated_values=self.injection.gated_values(self.bind(feature), self.llm))
-        logits = self.llm(input_ids=ids, use_cache=False, **injected).logits[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+        logits = self.llm(input_ids=ids, use_cache=False, **injected).logits
+        if not len(learned): return 0 * logits.mean()                        # every answer was cut off
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
 
 # %% ../nbs/08_training.ipynb #29a870ad
 def freeze(module: nn.Module) -> nn.Module:
@@ -451,11 +513,11 @@ def toyland_model(encoder: ImageBind, llm: nn.Module, tokenizer, seed: int = 0) 
 # %% ../nbs/08_training.ipynb #e6fcc6fb
 FROM_NOTHING = dict(lr=1.5e-3, muon_lr=1e-2)
 RECIPES = dict(
-    image_text=Recipe(1_500, 256, **FROM_NOTHING), audio=Recipe(400, 256, **FROM_NOTHING),
-    point=Recipe(400, 256, **FROM_NOTHING), depth=Recipe(600, 256, **FROM_NOTHING),
-    thermal=Recipe(400, 256, **FROM_NOTHING), imu=Recipe(400, 256, **FROM_NOTHING),
+    image_text=Recipe(1_600, 256, lr=1.5e-3, muon_lr=5e-3), audio=Recipe(250, 256, **FROM_NOTHING),
+    point=Recipe(350, 256, **FROM_NOTHING), depth=Recipe(450, 256, **FROM_NOTHING),
+    thermal=Recipe(350, 256, **FROM_NOTHING), imu=Recipe(300, 256, **FROM_NOTHING),
     language_model=Recipe(800, 96, lr=3e-3, muon_lr=1e-2), reading=Recipe(250, 96, lr=3e-3, muon_lr=1e-2),
-    stage_one=Recipe(900, 64, lr=2e-3), stage_two=Recipe(400, 96, lr=2e-3))
+    stage_one=Recipe(1_500, 64, lr=5e-3), stage_two=Recipe(400, 96, lr=2e-3))
 
 QUICK = os.environ.get("IBLLM_QUICK") == "1"
 
@@ -510,6 +572,21 @@ def previous_model(name: str) -> ImageBindLLM:
     before its stage 2."""
     folder = project_folder() / "data" / "build" / name
     return load(folder) if folder.exists() and not QUICK else before_stage_two(project_folder() / "data" / "toyland")
+
+# %% ../nbs/08_training.ipynb #d356db82
+def picture_features(model: ImageBindLLM, split: str, size: int | None = None) -> tuple[Things, Tensor]:
+    """The things of a `split` (its first `size`, if given) and the features of their pictures, float32 `[N, D]`.
+
+    Kept in `build_folder()`, under a name made from the split, its size and the weights of the image tower."""
+    things, seed = split_things(split, size=size)
+    key = fingerprint(dict(model.encoder.towers["vision"].state_dict(), split=split, size=len(things)))
+    path = build_folder() / f"features_{key}.safetensors"
+    if not path.exists():
+        pictures = read_recording(model.processor, "image", record(things, seed, ("image",))["image"])
+        features = extract_features(model.encoder, "image", pictures)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda part: save_file(dict(image=features), part))
+    return things, load_file(path)["image"]
 
 # %% ../nbs/08_training.ipynb #e860237d
 def train_stages(encoder: ImageBind, llm: nn.Module, tokenizer, things: Things, features: Tensor, seed: int,

@@ -113,6 +113,41 @@ def test_cached_generation_equals_full_recomputation(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.06)], ids=str)
+@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no_cache"])
+def test_one_request_equals_its_row_of_eight(name, dtype, tolerance, cached):
+    """Eight prompts of length 2 to 9, padded on the left, read to the end and then six more tokens, with and without
+    the cache of keys and values: the same logits as alone, relative to their spread."""
+    llm, draw = enable_injection(make(name).to(dtype)), torch.Generator().manual_seed(5)
+    ids, more = torch.randint(3, 61, (8, 9), generator=draw), torch.randint(3, 61, (8, 6), generator=draw)
+    mask = (torch.arange(9) >= torch.arange(8)[:, None]).long()
+    values = open_injection().gated_values(torch.randn(8, 24, generator=draw), llm)
+
+    def read(row, start):
+        inside = dict(gated_values=values[row])
+        prompt, seen = ids[row, start:], mask[row, start:]
+        positions = (seen.cumsum(1) - 1).clamp(min=0)
+        if not cached:
+            whole, everything = torch.cat([prompt, more[row]], 1), torch.cat([seen, torch.ones_like(more[row])], 1)
+            positions = (everything.cumsum(1) - 1).clamp(min=0)
+            return llm(whole, attention_mask=everything, position_ids=positions, **inside).logits[:, -7:].float()
+        output = llm(prompt, attention_mask=seen, position_ids=positions, use_cache=True, **inside)
+        steps = [output.logits[:, -1:]]
+        for i in range(6):
+            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
+            output = llm(more[row, i:i + 1], attention_mask=seen, position_ids=seen.sum(1, keepdim=True) - 1,
+                         past_key_values=output.past_key_values, **inside)
+            steps.append(output.logits)
+        return torch.cat(steps, 1).float()
+
+    together = read(slice(0, 8), 0)
+    alone = torch.cat([read(slice(i, i + 1), i) for i in range(8)])
+    assert ((alone - together).abs().max() / together.std()) < tolerance
+    without = llm(ids, attention_mask=mask).logits[:, -1].float()
+    assert ((together[:, 0] - without).abs().max() / together.std()) > 0.5  # the injection matters
+
+
+@torch.no_grad()
 def test_beams_and_several_answers_follow_their_row(name):
     llm = enable_injection(make(name))
     values = open_injection().gated_values(BIND, llm)

@@ -147,6 +147,18 @@ def test_input_changes_the_answer(model):
     assert len(set(answers)) > 3
 
 
+def test_scale_goes_from_the_language_model_alone_to_the_trained_model(model):
+    alone, whole = (model.gated_values(features(2), scale) for scale in (0, 1))
+    assert not alone.any() and torch.equal(whole, model.gated_values(features(2)))
+    torch.testing.assert_close(model.gated_values(features(2), 2.), 2 * whole)
+    source = {"image": image()}
+    answers = [model.generate(source, "what is this ?", scale=scale)[0] for scale in (0, 1, 2.)]
+    assert answers[:2] == [model.generate(source if s else None, "what is this ?")[0] for s in (0, 1)]
+    assert "".join(model.stream(source, "what is this ?", scale=2.)).strip() == answers[2]
+    with pytest.raises(ValueError, match="scale: got nan, wants a finite number"):
+        model.answer(features(1), "what ?", math.nan)
+
+
 def test_generate_options_pass_through(model):
     assert len(model.answer(features(2), "what is this ?", num_beams=3, num_return_sequences=3)) == 6
     assert len(model.answer(features(1), "what is this ?", max_new_tokens=1)[0].split()) <= 1
