@@ -513,9 +513,9 @@ def toyland_model(encoder: ImageBind, llm: nn.Module, tokenizer, seed: int = 0) 
 # %% ../nbs/08_training.ipynb #e6fcc6fb
 FROM_NOTHING = dict(lr=1.5e-3, muon_lr=1e-2)
 RECIPES = dict(
-    image_text=Recipe(1_600, 256, lr=1.5e-3, muon_lr=5e-3), audio=Recipe(250, 256, **FROM_NOTHING),
-    point=Recipe(350, 256, **FROM_NOTHING), depth=Recipe(450, 256, **FROM_NOTHING),
-    thermal=Recipe(350, 256, **FROM_NOTHING), imu=Recipe(300, 256, **FROM_NOTHING),
+    image_text=Recipe(1_600, 256, lr=1.5e-3, muon_lr=5e-3), audio=Recipe(150, 256, **FROM_NOTHING),
+    point=Recipe(280, 256, **FROM_NOTHING), depth=Recipe(350, 256, **FROM_NOTHING),
+    thermal=Recipe(250, 256, **FROM_NOTHING), imu=Recipe(180, 256, **FROM_NOTHING),
     language_model=Recipe(800, 96, lr=3e-3, muon_lr=1e-2), reading=Recipe(250, 96, lr=3e-3, muon_lr=1e-2),
     stage_one=Recipe(1_500, 64, lr=5e-3), stage_two=Recipe(400, 96, lr=2e-3))
 
