@@ -48,7 +48,7 @@ chromium:
 
 readme: .venv/.done
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --no-input --stdout nbs/index.ipynb | \
-	  sed -e 's#](\.\./#](#g' -e 's#="\.\./#="#g' -e '/./,$$!d' > $(README)
+	  sed -e 's#](\.\./#](#g' -e 's#="\.\./#="#g' -e '/./,$$!d' | cat -s > $(README)
 
 .venv/.done: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
