@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CAPTION_QUESTION', 'RESULTS', 'score_captions', 'caption_accuracy', 'answer_accuracy', 'wilson', 'summary', 'mcnemar',
-           'neighbour_vote', 'zero_shot', 'every_thing', 'text_prototypes', 'modality_gap', 'recall_at', 'save_results',
-           'load_results']
+           'paired_difference', 'holm', 'neighbour_vote', 'zero_shot', 'every_thing', 'text_prototypes', 'modality_gap',
+           'recall_at', 'separability', 'purity', 'seed_models', 'sense_features', 'caption_hits', 'carried_hits',
+           'save_results', 'load_results']
 
 # %% ../nbs/09_evaluation.ipynb #69f170f2
 import json, math, platform, resource, statistics
@@ -16,7 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .world import ATTRIBUTES, DESCRIPTIONS, Things, project_folder, read_attributes, write_atomically
+from safetensors.torch import load_file, save_file
+
+from .model import ImageBindLLM, load
+from .training import (before_stage_two, build_folder, extract_features, fingerprint, picture_features,
+                            read_recording, train_stages)
+from .world import (ATTRIBUTES, CARRIES, DESCRIPTIONS, SENSORS, Things, project_folder, read_attributes, record,
+                         split_things, write_atomically)
 
 # %% ../nbs/09_evaluation.ipynb #5d7cb818
 def score_captions(captions: list[str], things: Things) -> dict[str, Tensor]:
@@ -72,6 +79,27 @@ def mcnemar(before: Tensor, after: Tensor) -> dict:
     p = min(1.0, 2 * sum(math.comb(n, i) for i in range(low + 1)) / 2 ** n)
     return dict(fixed=fixed, broken=broken, p=p)
 
+# %% ../nbs/09_evaluation.ipynb #e7c26b93
+def paired_difference(before: Tensor, after: Tensor) -> dict:
+    """How much more often `after` is right than `before`, with a 95 % interval and two-sided p: `{mean, low, high, p}`.
+
+    Both are `[..., N]`, shares in [0, 1] (or bool) about the same N things; all that was asked about a thing is
+    averaged and counts once. Raises ValueError for unequal shapes or fewer than two things."""
+    if before.shape != after.shape or before.shape[-1] < 2:
+        raise ValueError(f"after: got {list(after.shape)} for {list(before.shape)}, wants equal shapes, 2 things up")
+    difference = (after.double() - before.double()).reshape(-1, before.shape[-1]).mean(0)
+    mean, error = difference.mean().item(), difference.std().item() / math.sqrt(len(difference))
+    p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(mean == 0)
+    return dict(mean=round(mean, 4), low=round(mean - 1.96 * error, 4), high=round(mean + 1.96 * error, 4), p=p)
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    "p values of several tests, raised so that all together err in at most the stated share of cases (Holm 1979)."
+    raised, highest = {}, 0.0
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p))
+        raised[name] = highest
+    return {name: raised[name] for name in p_values}
+
 # %% ../nbs/09_evaluation.ipynb #ed4c9f15
 def neighbour_vote(features: Tensor, memory: Tensor, labels: Tensor, k: int = 10) -> Tensor:
     """For features `[N,D]`, the label most frequent among the `k` most similar rows of `memory [M,D]`: int64 `[N]`.
@@ -122,6 +150,75 @@ def recall_at(a: Tensor, b: Tensor, k: int = 1) -> float:
     "How often the matching row of `b` is among the `k` most similar to a row of `a`. A tie counts as a miss."
     cosines, own = _cosines(a, b)
     return ((cosines >= own[:, None]).sum(1) <= k).float().mean().item()
+
+# %% ../nbs/09_evaluation.ipynb #c9695095
+def separability(a: Tensor, b: Tensor) -> float:
+    """How often a linear classifier tells rows of `a` from rows of `b`, both `[N,D]`: 0.5 (not at all) to 1.
+
+    It is fitted to the even rows by least squares and asked about the odd ones. Raises ValueError as `modality_gap`."""
+    _cosines(a, b)
+    x = torch.cat([torch.stack([a, b]), torch.ones(2, len(a), 1)], 2).double()
+    sign = torch.tensor([1.0, -1.0]).double()[:, None].expand(2, len(a))
+    even, odd = (x[:, start::2].flatten(0, 1) for start in (0, 1))
+    weights = torch.linalg.lstsq(even.T @ even + 1e-6 * torch.eye(x.shape[2]), even.T @ sign[:, ::2].flatten()).solution
+    return ((odd @ weights).sign() == sign[:, 1::2].flatten()).float().mean().item()
+
+def purity(a: Tensor, b: Tensor, k: int = 10) -> float:
+    """Share, among the `k` most similar features of both, of those of the own one, mean over all rows of `a` and `b`,
+    `[N,D]` each. The row itself and the matching row of the other do not count. Raises ValueError as `modality_gap`."""
+    _cosines(a, b)
+    both, sense = torch.cat([a, b]), torch.arange(2).repeat_interleave(len(a))
+    row = torch.arange(len(a)).repeat(2)
+    nearest = (both @ both.T).masked_fill(row[:, None] == row, -torch.inf).topk(k).indices
+    return (sense[nearest] == sense[:, None]).float().mean().item()
+
+# %% ../nbs/09_evaluation.ipynb #199ed701
+def seed_models(seeds: list[int]) -> dict[int, ImageBindLLM]:
+    "Models that differ in the seed of stages 1 and 2: 0 is the shipped one, others are trained; all share its memory."
+    shipped, models = load("toyland"), {}
+    for seed in seeds:
+        if seed == 0: models[seed] = shipped; continue
+        llm = before_stage_two(project_folder() / "data" / "toyland").llm
+        things, features = picture_features(shipped, "tuning")
+        models[seed] = train_stages(shipped.encoder, llm, shipped.tokenizer, things, features, seed, build_folder())
+        models[seed].cache = shipped.cache
+    return models
+
+def sense_features(model: ImageBindLLM, split: str, seed: int = 0, size: int | None = None,
+                   senses: tuple[str, ...] = SENSORS) -> tuple[Things, dict[str, Tensor]]:
+    """The things of a `split` and features of what every sense records of them: float32 `[N,D]` for each.
+
+    Kept in `build_folder()`, in a file named by what they are made from: the things, the first recordings, how these
+    are read, the encoders. `size` as in `split_things`."""
+    things, key = split_things(split, seed, size)
+    parts = dict(record(things[:8], key, senses), key=key, inputs=model.config.inputs, encoder=model.config.encoder)
+    parts |= {name: getattr(things, name) for name in ATTRIBUTES} | model.encoder.state_dict()
+    path = build_folder() / f"features_{fingerprint(parts)}.safetensors"
+    if not path.exists():
+        made = {sense: extract_features(model.encoder, sense, read_recording(model.processor, sense, recording))
+                for sense, recording in record(things, key, senses).items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda part: save_file(made, part))
+    stored = load_file(path)                       # in alphabetical order
+    return things, {sense: stored[sense] for sense in senses}
+
+# %% ../nbs/09_evaluation.ipynb #97968864
+def caption_hits(models: dict, features: dict[str, Tensor], things: Things, change=None) -> Tensor:
+    """What captions about `features` (sense → `[N,D]`) name rightly: bool `[seeds, senses, N, attributes]`.
+
+    `change(sense, features)`, if given, returns the features that the `models` (seed → model) see in their place."""
+    seen = torch.cat([change(sense, f) if change else f for sense, f in features.items()])
+    every = things[torch.arange(len(things)).repeat(len(features))]
+    hits = [torch.stack(list(caption_accuracy(model, seen, every).values()), 1) for model in models.values()]
+    return torch.stack(hits).unflatten(1, (len(features), len(things)))
+
+def carried_hits(hits: Tensor, senses: list[str], chosen: tuple[str, ...] | None = None) -> Tensor:
+    """Of `hits [S, senses, N, attributes]` the share right about each thing: `[S, N]`.
+
+    Only attributes that a sense carries count, all senses alike, and of `senses` only the `chosen` ones, if given."""
+    shares = [hits[:, i][:, :, [a in CARRIES[sense] for a in ATTRIBUTES]].double().mean(2)
+              for i, sense in enumerate(senses) if chosen is None or sense in chosen]
+    return torch.stack(shares).mean(0)
 
 # %% ../nbs/09_evaluation.ipynb #d7550d6d
 RESULTS = Path("data/results")

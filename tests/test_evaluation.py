@@ -8,9 +8,11 @@ from scipy import stats
 from torch.nn import functional as F
 
 from ibllm.evaluation import (
-    answer_accuracy, caption_accuracy, every_thing, load_results, mcnemar, modality_gap, neighbour_vote, project_folder,
-    recall_at, save_results, score_captions, summary, text_prototypes, wilson, zero_shot)
-from ibllm.world import ATTRIBUTES, describe, draw_things, read_attributes
+    answer_accuracy, caption_accuracy, caption_hits, carried_hits, every_thing, holm, load_results, mcnemar,
+    modality_gap, neighbour_vote, paired_difference, project_folder, purity, recall_at, save_results, score_captions,
+    seed_models, sense_features, separability, summary, text_prototypes, wilson, zero_shot)
+from ibllm.training import extract_features, read_recording
+from ibllm.world import ATTRIBUTES, CARRIES, describe, draw_things, read_attributes, record, split_things
 
 
 def one_hot(things):
@@ -84,6 +86,30 @@ def test_mcnemar_is_scipys_binomial_test(fixed, broken):
     assert result["p"] == pytest.approx(expected, rel=1e-9)
 
 
+def test_paired_difference_is_scipys_standard_error_over_things():
+    g = torch.Generator().manual_seed(0)
+    before, after = torch.rand(3, 200, generator=g) < .6, torch.rand(3, 200, generator=g) < .7
+    difference = (after.double() - before.double()).mean(0).numpy()
+    error = stats.sem(difference)
+    result = paired_difference(before, after)
+    assert result["mean"] == pytest.approx(difference.mean(), abs=1e-4)
+    assert (result["low"], result["high"]) == pytest.approx(
+        (difference.mean() - 1.96 * error, difference.mean() + 1.96 * error), abs=1e-4)
+    assert result["p"] == pytest.approx(2 * stats.norm.sf(abs(difference.mean()) / error))
+
+
+def test_paired_difference_counts_a_thing_once_however_often_it_is_asked():
+    before, after = torch.arange(50) < 20, torch.arange(50) < 30
+    assert paired_difference(before, after) == paired_difference(before.expand(7, 2, -1), after.expand(7, 2, -1))
+    assert paired_difference(before, before) == dict(mean=0, low=0, high=0, p=1)
+    assert paired_difference(torch.zeros(4), torch.ones(4))["p"] == 0
+
+
+def test_holm_is_the_textbooks():
+    assert holm(dict(c=.03, a=.01, b=.02, d=.5)) == pytest.approx(dict(c=.06, a=.04, b=.06, d=.5))
+    assert list(holm(dict(c=.03, a=.01))) == ["c", "a"] and holm(dict(a=.7, b=.8)) == dict(a=1, b=1)
+
+
 def test_summary_is_mean_and_sample_deviation():
     assert summary([.9, .92, .97]) == dict(mean=.93, spread=round(math.sqrt(.0026 / 2), 4), seeds=[.9, .92, .97])
     assert summary([.123456]) == dict(mean=.1235, spread=0.0, seeds=[.1235])
@@ -144,6 +170,50 @@ def test_recall_counts_matches_and_no_ties():
     assert recall_at(collapsed, collapsed, k=10) == 0, "features that are all the same find nothing"
 
 
+def test_two_heaps_are_told_apart_and_one_is_not():
+    g = torch.Generator().manual_seed(0)
+    a, b = (F.normalize(torch.randn(400, 8, generator=g), dim=1) for _ in range(2))
+    assert .4 < separability(a, b) < .6 and .45 < purity(a, b) < .55
+    shifted = F.normalize(b + 3 * torch.eye(8)[0], dim=1)
+    assert separability(a, shifted) > .95 and purity(a, shifted) > .9
+
+
+def test_purity_leaves_the_row_and_its_match_out():
+    one, other = torch.tensor([[1., 0]]), torch.tensor([[0., 1]])
+    assert purity(torch.cat([one, one]), torch.cat([other, other]), k=1) == 1
+    assert purity(torch.cat([one, other]), torch.cat([other, one]), k=1) == 0, "the nearest is the other sense's"
+
+
+# What experiments share
+
+def test_features_of_senses_are_the_encoders_in_the_order_asked_for():
+    model = seed_models([0])[0]
+    things, features = sense_features(model, "validation", size=9, senses=("text", "audio"))
+    expected, key = split_things("validation", size=9)
+    assert torch.equal(things.kind, expected.kind) and list(features) == ["text", "audio"]
+    for sense, recording in record(expected, key, ("text", "audio")).items():
+        made = extract_features(model.encoder, sense, read_recording(model.processor, sense, recording))
+        assert torch.equal(features[sense], made)
+
+
+def test_hits_are_by_seed_sense_thing_and_attribute():
+    things = draw_things(5, seed=0)
+    captions = describe(things, seed=0)
+    models = {0: Model(captions * 2), 1: Model([""] * 10)}
+    features = dict(image=torch.arange(5.)[:, None], point=torch.arange(5., 10)[:, None])
+    hits = caption_hits(models, features, things)
+    assert hits.shape == (2, 2, 5, 4) and hits[0].all() and not hits[1].any()
+    moved = caption_hits(models, features, things, lambda sense, f: f.roll(1, 0) if sense == "point" else f)
+    assert moved[0, 0].all() and not moved[0, 1].all()
+
+
+def test_a_sense_is_judged_by_what_it_carries():
+    hits = torch.zeros(1, 2, 3, 4, dtype=torch.bool)
+    hits[0, 1, :, [list(ATTRIBUTES).index(a) for a in CARRIES["point"]]] = True
+    assert carried_hits(hits, ["image", "point"]).tolist() == [[.5] * 3]
+    assert carried_hits(hits, ["image", "point"], ("point",)).tolist() == [[1.] * 3]
+
+
 # Results files
 
 def test_results_come_back_with_versions_and_seconds(tmp_path):
@@ -192,6 +262,8 @@ def test_the_project_folder_is_found_from_anywhere_inside(monkeypatch, tmp_path)
     (lambda: wilson(.5, 0), "n: got 0, wants 1 or more"),
     (lambda: summary([]), "values: got none"),
     (lambda: mcnemar(torch.ones(3).bool(), torch.ones(4).bool()), "after: got 4 answers, wants 3"),
+    (lambda: paired_difference(torch.ones(2, 3), torch.ones(3, 3)), "after: got [3, 3] for [2, 3]"),
+    (lambda: separability(torch.ones(3, 2), torch.ones(4, 2)), "b: got [4, 2] for [3, 2]"),
     (lambda: neighbour_vote(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(3), k=4), "k: got 4, wants 1 to 3"),
     (lambda: modality_gap(torch.ones(3, 2), torch.ones(4, 2)), "b: got [4, 2] for [3, 2]"),
     (lambda: recall_at(torch.ones(1, 2), torch.ones(1, 2)), "wants two or more rows"),

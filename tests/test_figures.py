@@ -4,7 +4,8 @@ import pytest
 from matplotlib.colors import to_hex
 
 from ibllm.figures import (
-    ROW_COLOURS, SENSE_COLOURS, STYLE, draw_accuracy, draw_gates, save_figure, show_answers, show_things, style)
+    ROW_COLOURS, SENSE_COLOURS, STYLE, draw_accuracy, draw_arithmetic, draw_beyond, draw_emergence, draw_gains,
+    draw_gates, draw_sweeps, save_figure, show_answers, show_things, style)
 from ibllm.world import ATTRIBUTES, CARRIES, SENSORS, draw_things, record
 
 
@@ -55,6 +56,64 @@ def test_a_figure_drawn_again_is_the_same_file(draw, things, recording, tmp_path
 
 
 # What is drawn
+
+def gains():
+    "A headline in which every difference is another one."
+    return {part: {s: {a: dict(carried=a in CARRIES[s], difference=dict(
+        mean=(d := (i + 8 * j + 32 * k) / 100), low=d - .01, high=d + .02)) for j, a in enumerate(ATTRIBUTES)}
+        for i, s in enumerate(SENSORS)} for k, part in enumerate(("seen", "unseen"))}
+
+
+def test_gains_are_drawn_for_carried_attributes_with_their_intervals():
+    given = gains()
+    for axes, by in zip(draw_gains(given).axes, given.values()):
+        carried = [c["difference"] for cells in by.values() for c in cells.values() if c["carried"]]
+        spans, points = ([tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == n] for n in (2, 1))
+        assert spans[:-1] == [(d["low"], d["high"]) for d in carried] and spans[-1] == (0, 0)
+        assert points == [(d["mean"],) for d in carried]
+
+
+def test_sweeps_draw_every_sense_and_the_mean_of_all_but_the_image():
+    scores = [{part: {s: v + i / 50 for i, s in enumerate(SENSORS)} for part in ("seen", "unseen")} for v in (.5, .6)]
+    [axes] = draw_sweeps(dict(k=dict(values=[1, 1_000], scores=scores))).axes
+    drawn = [tuple(round(y, 6) for y in line.get_ydata()) for line in axes.lines]
+    assert drawn[:8] == [(round(.5 + i / 50, 6), round(.6 + i / 50, 6)) for i in range(8)]
+    assert drawn[8] == drawn[9] == (.58, .68), "the mean of 1 to 7 fiftieths is 4"
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "1,000"]
+
+
+def test_ways_are_sorted_and_full_where_they_are_significant():
+    def way(mean, p): return dict(
+        setting="", difference={part: dict(mean=mean, low=0, high=0, p=0, p_holm=p) for part in ("seen", "unseen")},
+        image={part: dict(mean=0, low=0, high=0, p=1) for part in ("seen", "unseen")})
+    given = dict(better=way(.1, .01), worse=way(-.1, .01), alike=way(0, .06), paper=way(0, 1))
+    for d in given["paper"]["difference"].values(): del d["p_holm"]
+    axes = draw_beyond(given).axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["worse", "alike", "better"]
+    rounds = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [line.get_xdata()[0] for line in rounds] == [-.1, 0, .1]
+    assert [line.get_markerfacecolor() for line in rounds] == ["k", "w", "k"]
+
+
+def test_matrices_frame_what_was_trained_with_pairs():
+    grid = [[(i + j) / 16 for j in range(8)] for i in range(8)]
+    figure = draw_emergence(dict(senses=list(SENSORS), own=grid, alike=grid, naming=grid))
+    for axes in figure.axes:
+        assert axes.images[0].get_array().tolist() == grid
+        framed = {(round(p.get_y() + .46), round(p.get_x() + .46)) for p in axes.patches}
+        assert framed == {(i, j) for i in range(8) for j in range(8) if i != j and min(i, j) < 2}
+
+
+def test_sums_and_walks_are_the_results():
+    value = iter(range(1, 9))
+    sums = {name: {part: {row: dict(both=dict(mean=(v := next(value)) / 10, seeds=[v / 10])) for row in ("off", "on")}
+                   for part in ("seen", "unseen")} for name in ("swap", "mixture")}
+    walk = dict(a=[1, .5], b=[0, .2], neither=[0, .3])
+    left, *right = draw_arithmetic(dict(sums=sums, shares=[0, 1], walks={
+        f"{s}, cache {r}": walk for s in ("image", "audio") for r in ("off", "on")})).axes
+    assert [round(bar.get_width(), 6) for bar in left.patches] == [i / 10 for i in range(1, 9)]
+    for axes in right: assert [list(line.get_ydata()) for line in axes.lines] == list(walk.values()) * 2
+
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
 def test_bars_dots_and_lines_are_the_results(attribute):
