@@ -1,7 +1,7 @@
 "What every test and every tested notebook shares: quick training, no network, comparable notebook outputs."
 import hashlib
 import os
-import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,21 +38,27 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.timeout(0))  # nbval has its own timeout for each cell
 
 
+HERE, REACHED = (None, "", "localhost", "127.0.0.1", "::1"), []
+
+
+def watch_sockets(event, arguments):
+    "Refuse and remember every attempt to look up, connect or send to another machine."
+    if event in ("socket.getaddrinfo", "socket.gethostbyname"): host = arguments[0]
+    elif event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+        if not isinstance(arguments[1], tuple): return  # a Unix socket, or one that is connected already
+        host = arguments[1][0]
+    else: return
+    if host in HERE: return
+    REACHED.append(host)
+    raise ConnectionError(f"a test tried to reach {host!r}")
+
+
+sys.addaudithook(watch_sockets)  # Python calls it before the deed, in every thread
+
+
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    "An ordinary test that looks up or connects to another machine fails."
-    lookup, connect = socket.getaddrinfo, socket.socket.connect
-
-    def check(host):
-        if host not in (None, "", "localhost", "127.0.0.1", "::1"): pytest.fail(f"the test tried to reach {host!r}")
-
-    def guarded_lookup(host, *args, **kwargs):
-        check(host)
-        return lookup(host, *args, **kwargs)
-
-    def guarded_connect(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6): check(address[0])
-        return connect(self, address)
-
-    monkeypatch.setattr(socket, "getaddrinfo", guarded_lookup)
-    monkeypatch.setattr(socket.socket, "connect", guarded_connect)
+def no_network():
+    "A test that looks up or connects to another machine fails, even if the error was swallowed."
+    REACHED.clear()
+    yield REACHED
+    assert not REACHED, f"the test tried to reach {REACHED}"

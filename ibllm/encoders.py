@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
+from .inputs import check_fields
+
 # %% ../nbs/02_encoders.ipynb #b4a04d23
 @dataclass
 class TowerConfig:
@@ -34,9 +36,9 @@ class TowerConfig:
     logit_scale: float | None = None # start value of the factor on the unit-length output; None: no factor
     learn_logit_scale: bool = False
 
-    def __post_init__(self):         # JSON has no tuples
-        for f in fields(self):
-            if isinstance(getattr(self, f.name), list): setattr(self, f.name, tuple(getattr(self, f.name)))
+    def __post_init__(self):
+        check_fields(self)
+        if self.blocks > 1000: raise ValueError(f"blocks: got {self.blocks}, wants at most 1000")
 
 # %% ../nbs/02_encoders.ipynb #a22c4072
 @dataclass
@@ -143,12 +145,15 @@ class ImageBindConfig:
     thermal: ThermalConfig | None = field(default_factory=ThermalConfig)
     imu: IMUConfig | None = field(default_factory=IMUConfig)
 
+    def __post_init__(self): check_fields(self)
+
 # %% ../nbs/02_encoders.ipynb #e36c198e
 TOWER_CONFIGS = dict(vision=VisionConfig, text=TextConfig, audio=AudioConfig, point=PointConfig,
                      depth=DepthConfig, thermal=ThermalConfig, imu=IMUConfig)
 
 def _known(cls, name, values):
-    "`cls(**values)`, or a ValueError that names the unknown keys."
+    "`cls(**values)`, or a ValueError that names what is no dict or the unknown keys."
+    if not isinstance(values, dict): raise ValueError(f"{name}: got {values!r:.60}, wants a dict")
     unknown = sorted(set(values) - {f.name for f in fields(cls)})
     if unknown: raise ValueError(f"{name}: unknown keys {unknown}; known are {[f.name for f in fields(cls)]}")
     return cls(**values)
@@ -162,6 +167,7 @@ def to_dict(self:ImageBindConfig) -> dict:
 @patch(cls_method=True)
 def from_dict(cls:ImageBindConfig, values):
     "Inverse of `to_dict`; keys left out take their defaults. Raises ValueError for unknown keys."
+    if not isinstance(values, dict): raise ValueError(f"encoder: got {values!r:.60}, wants a dict")
     towers = {k: _known(TOWER_CONFIGS[k], k, v) for k, v in values.items() if k in TOWER_CONFIGS and v is not None}
     return _known(cls, "ImageBindConfig", {**values, **towers})
 

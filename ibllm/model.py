@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from string import Formatter
 from threading import Event, Thread
 
 import numpy as np
@@ -28,7 +29,7 @@ import ibllm
 from .bind import BindNetwork
 from .cache import VisualCache
 from .encoders import ImageBind, ImageBindConfig
-from .inputs import InputConfig, Processor
+from .inputs import InputConfig, Processor, check_fields
 from .llama import GatedInjection, base_model, enable_injection
 
 # %% ../nbs/06_model.ipynb #d09e6a3b
@@ -39,7 +40,7 @@ def mix(features: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     if not features: raise ValueError("features: got none, wants at least one")
     if len(features) != len(weights):
         raise ValueError(f"weights: got {len(weights)}, wants {len(features)}, one per feature")
-    if not all(0 <= w < float("inf") for w in weights) or not sum(weights):
+    if not all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights) or not sum(weights):
         raise ValueError(f"weights: got {list(weights)}, wants numbers of at least 0, not all of them 0")
     shapes = [tuple(f.shape) for f in features]
     if len(set(shapes)) > 1: raise ValueError(f"features: got shapes {shapes}, wants equal ones")
@@ -47,6 +48,12 @@ def mix(features: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return sum(w / total * F.normalize(f, dim=-1) for f, w in zip(features, weights))
 
 # %% ../nbs/06_model.ipynb #d5cea913
+def _is_text(value) -> bool:
+    "Whether `value` is text, not empty and without half characters."
+    try: return isinstance(value, str) and bool(value.strip().encode())
+    except UnicodeEncodeError: return False
+
+
 @dataclass
 class PromptTemplate:
     "How an instruction, perhaps with a context, becomes what the language model reads. Defaults: Alpaca's."
@@ -58,10 +65,18 @@ class PromptTemplate:
                          "Write a response that appropriately completes the request.\n\n"
                          "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:")
 
+    def __post_init__(self):
+        check_fields(self)
+        for name, wanted in dict(alone={"instruction"}, with_context={"instruction", "context"}).items():
+            try: found = {(part, form, change) for _, part, form, change in Formatter().parse(getattr(self, name)) if part}
+            except ValueError: found = None  # unmatched braces
+            if found != {(part, "", None) for part in wanted}:  # {instruction:>9999999999} would fill the memory
+                raise ValueError(f"{name}: got {getattr(self, name)!r:.60}, wants a text with {sorted(wanted)} in braces")
+
     def __call__(self, instruction: str, context: str | None = None) -> str:
-        "The prompt; an empty `context` counts as none."
-        if not isinstance(instruction, str) or not instruction.strip():
-            raise ValueError(f"prompts: got {instruction!r}, wants text")
+        "The prompt; an empty `context` counts as none. Raises ValueError for what is no text, or an empty one."
+        for text in (instruction, context or "none"):
+            if not _is_text(text): raise ValueError(f"prompts: got {text!r:.60}, wants text")
         return (self.with_context if context else self.alone).format(instruction=instruction, context=context)
 
 # %% ../nbs/06_model.ipynb #387e8e02
@@ -72,6 +87,10 @@ class BindConfig:
     expansion: int = 4
     norm: str = "rms"
 
+    def __post_init__(self):
+        check_fields(self, may_be_zero=("num_blocks",))
+        if self.num_blocks > 1000: raise ValueError(f"num_blocks: got {self.num_blocks}, wants at most 1000")
+
 
 @dataclass
 class CacheConfig:
@@ -79,6 +98,8 @@ class CacheConfig:
     k: int = 10
     temperature: float = 20.0
     weight: float = 0.5
+
+    def __post_init__(self): check_fields(self, may_be_zero=("k",))  # how many there may be, the cache knows
 
 # %% ../nbs/06_model.ipynb #a87df8a5
 @dataclass
@@ -91,13 +112,16 @@ class ModelConfig:
     template: PromptTemplate = field(default_factory=PromptTemplate)
     cache: CacheConfig = field(default_factory=CacheConfig)
 
+    def __post_init__(self): check_fields(self)
+
     def to_dict(self) -> dict:
         "Nested plain dict, ready for JSON."
         return {"model_type": "ibllm", **asdict(self)}
 
 # %% ../nbs/06_model.ipynb #7454d9f1
 def _from_dict(kind: type, name: str, values: dict):
-    "`kind(**values)` with a readable error for unknown keys."
+    "`kind(**values)` with a readable error for what is no dict, and for unknown keys."
+    if not isinstance(values, dict): raise ValueError(f"{name}: got {values!r:.60}, wants a dict")
     unknown = sorted(set(values) - {f.name for f in fields(kind)})
     if unknown: raise ValueError(f"{name}: got unknown keys {unknown}, wants some of {[f.name for f in fields(kind)]}")
     return kind(**values)
@@ -107,6 +131,7 @@ def _from_dict(kind: type, name: str, values: dict):
 def from_dict(cls: ModelConfig, values: dict) -> ModelConfig:
     "Inverse of `to_dict`; what is left out takes its default. Raises ValueError for unknown keys."
     parts = dict(inputs=InputConfig, bind=BindConfig, template=PromptTemplate, cache=CacheConfig)
+    if not isinstance(values, dict): raise ValueError(f"config: got {values!r:.60}, wants a dict")
     values = {name: value for name, value in values.items() if name != "model_type"}
     values |= {name: _from_dict(kind, name, values[name]) for name, kind in parts.items() if name in values}
     if "encoder" in values: values["encoder"] = ImageBindConfig.from_dict(values["encoder"])
@@ -219,7 +244,8 @@ def gated_values(self: ImageBindLLM, features: Tensor, scale: float = 1.0) -> Te
     """What the language model's layers add for `features` [B, D]: [B, layers, heads, head_dim], differentiable.
 
     `scale` multiplies it: 0 leaves the language model alone, 1 is the model as trained."""
-    if not math.isfinite(scale): raise ValueError(f"scale: got {scale}, wants a finite number")
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale!r:.60}, wants a finite number")
     width = self.config.encoder.feature_dim
     got = f"{features.dtype} {tuple(features.shape)}" if torch.is_tensor(features) else type(features).__name__
     if not torch.is_tensor(features) or not features.is_floating_point() or features.shape[1:] != (width,):
@@ -242,6 +268,8 @@ def tokenize(self: ImageBindLLM, prompts: list) -> dict[str, Tensor]:
     A prompt is an instruction or a pair (instruction, context). Raises ValueError if one fills the whole context."""
     if not prompts: raise ValueError("prompts: got an empty list, wants at least one prompt")
     template, start = self.config.template, self.tokenizer.bos_token_id
+    if any(isinstance(prompt, tuple) and len(prompt) != 2 for prompt in prompts):
+        raise ValueError("prompts: got a tuple that is no (instruction, context), wants such a pair, a text or a list")
     texts = [template(*prompt) if isinstance(prompt, tuple) else template(prompt) for prompt in prompts]
     rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
     if start is not None: rows = [[start, *row] for row in rows]
@@ -265,7 +293,10 @@ def _request(self: ImageBindLLM, features: Tensor | None, prompts, options: dict
     batch = self.tokenize(prompts)
     room = self.llm.config.get_text_config().max_position_embeddings - batch["input_ids"].shape[1]
     if not {"max_length", "generation_config"} & options.keys():
-        wanted = options.get("max_new_tokens") or self.llm.generation_config.max_new_tokens or 256
+        wanted = options.get("max_new_tokens", self.llm.generation_config.max_new_tokens)
+        wanted = 256 if wanted is None else wanted
+        if type(wanted) is not int or wanted < 1:
+            raise ValueError(f"max_new_tokens: got {wanted!r:.60}, wants a whole number of at least 1")
         options = options | {"max_new_tokens": min(wanted, room)}
     return {**batch, "gated_values": values, **options}
 
@@ -356,7 +387,10 @@ def _save_llm(llm: nn.Module, folder: Path):
     llm.save_pretrained(folder / "lora", save_embedding_layers=False)
     (folder / "lora" / "README.md").unlink()  # like the next entry, it names the folder the language model came from
     adapter = folder / "lora" / "adapter_config.json"
-    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": None}, indent=2))
+    settings = json.loads(adapter.read_text())
+    for name in ("target_modules", "exclude_modules"):                                          # sets, in no order
+        if isinstance(settings[name], list): settings[name].sort()
+    adapter.write_text(json.dumps(settings | {"base_model_name_or_path": None}, indent=2))
 
 # %% ../nbs/06_model.ipynb #1b01a627
 def base_fingerprint(llm: nn.Module) -> str | None:
@@ -406,11 +440,46 @@ def save_pretrained(self: ImageBindLLM, folder: str | Path):
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _move_parts(new, folder)
 
+# %% ../nbs/06_model.ipynb #5ea0b2b0
+@contextmanager
+def _loading(what: str, wanted: str):
+    "Turn whatever a library raises about a file of somebody else's into one line."
+    try: yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{what} cannot be loaded as {wanted} ({reason})") from error
+
+
+def _part(folder: Path, name: str) -> Path:
+    "`folder`/`name`, which must be there: what is missing, transformers would look for on the Hub."
+    if (folder / name).is_dir(): return folder / name
+    raise ValueError(f"folder: {str(folder)!r} has no {name}/, wants a folder written by `save_pretrained`")
+
+
+def _load_llm(folder: Path, device: str, options: dict) -> nn.Module:
+    "The language model in `folder` on `device`, with its LoRA if there is one. Runs no code that came with it."
+    path = _part(folder, "llm")
+    with quiet(), _loading(f"folder: {str(path)!r}", "a language model"):
+        llm = AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False, **options})
+        if "device_map" not in options: llm = llm.to(device)
+        if (folder / "lora").is_dir():
+            from peft import PeftModel
+            llm = PeftModel.from_pretrained(llm, folder / "lora")
+    return llm
+
+# %% ../nbs/06_model.ipynb #31ccb269
+def _load_tokenizers(folder: Path) -> list[PreTrainedTokenizerBase | None]:
+    "The language model's tokenizer in `folder`, and the text encoder's or None."
+    paths = [_part(folder, "tokenizer")] + [folder / "text_tokenizer"] * (folder / "text_tokenizer").is_dir()
+    with _loading(f"folder: {str(paths[0])!r}", "a tokenizer"):
+        found = [AutoTokenizer.from_pretrained(path, trust_remote_code=False) for path in paths]
+    return [*found, None][:2]
+
 # %% ../nbs/06_model.ipynb #5124dc5d
 def _read_config(folder: Path) -> tuple[ModelConfig, str | None]:
     "Configuration and recorded fingerprint in `folder`, or one line saying that this is no saved model."
-    try: values = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError): values = {}
+    try: values = json.loads((folder / "config.json").open(encoding="utf-8").read(2**20))
+    except (OSError, ValueError, RecursionError): values = {}
     if not isinstance(values, dict) or values.get("model_type") != "ibllm":
         raise ValueError(f"folder: {str(folder)!r} holds no model, wants a folder written by `save_pretrained`")
     recorded = values.pop("fingerprint", None)
@@ -419,7 +488,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, str | None]:
 
 def _load_weights(model: ImageBindLLM, path: Path, device: str):
     "Give `model`, made without memory, the weights in `path` on `device`: all of them and no other."
-    weights = load_file(path)
+    with _loading(f"folder: {str(path)!r}", "weights"): weights = load_file(path)
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items() if not name.startswith("llm.")}
     wrong = sorted(name for name in wanted.keys() | weights.keys()
                    if name not in weights or tuple(weights[name].shape) != wanted.get(name))
@@ -438,15 +507,8 @@ def from_pretrained(cls: ImageBindLLM, folder: str | Path, device: str = "cpu", 
     not the language model it was saved with."""
     folder = Path(folder)
     config, recorded = _read_config(folder)
-    with quiet():
-        llm = AutoModelForCausalLM.from_pretrained(folder / "llm", **llm_options)
-        if "device_map" not in llm_options: llm = llm.to(device)
-        if (folder / "lora").is_dir():
-            from peft import PeftModel
-            llm = PeftModel.from_pretrained(llm, folder / "lora")
+    llm, tokenizers = _load_llm(folder, device, llm_options), _load_tokenizers(folder)
     check_base(llm, recorded)
-    tokenizers = [AutoTokenizer.from_pretrained(folder / name) if (folder / name).is_dir() else None
-                  for name in ("tokenizer", "text_tokenizer")]
     cache = VisualCache.load(folder / "cache.index") if (folder / "cache.index").exists() else None
     with torch.device("meta"): model = cls(config, llm, *tokenizers, cache=cache)
     _load_weights(model, folder / "model.safetensors", device)
@@ -464,9 +526,11 @@ def load(name: str | Path, **options) -> ImageBindLLM:
     """A model by name: `"toyland"`, a folder written by `save_pretrained`, or a Hub id such as `"someone/model"`.
 
     `options` as in `ImageBindLLM.from_pretrained`. Raises ValueError if there is no such model."""
+    if not isinstance(name, (str, Path)): raise TypeError(f"name: got {type(name).__name__}, wants a name or a folder")
     if name == "toyland" and _shipped(name): return ImageBindLLM.from_pretrained(_shipped(name), **options)
-    if Path(name).is_dir(): return ImageBindLLM.from_pretrained(name, **options)
+    if os.path.isdir(name): return ImageBindLLM.from_pretrained(name, **options)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         from huggingface_hub import snapshot_download
-        return ImageBindLLM.from_pretrained(snapshot_download(str(name)), **options)
+        with _loading(f"name: {str(name)!r} is no folder here and", "a model of the Hub"): folder = snapshot_download(str(name))
+        return ImageBindLLM.from_pretrained(folder, **options)
     raise ValueError(f"name: got {str(name)!r}, wants 'toyland', a folder written by `save_pretrained`, or a Hub id")

@@ -63,12 +63,12 @@ class Wrapped(nn.Module):
 
 
 class Breaks(Columns):
-    "Raises Ctrl-C when batch number `at` is fetched (the first look is the run's key)."
+    "Raises Ctrl-C when batch number `at` is fetched."
     at, count = 0, 0
 
     def __getitems__(self, indices):
         self.count += 1
-        if self.count == self.at + 1: raise KeyboardInterrupt
+        if self.count == self.at: raise KeyboardInterrupt
         return super().__getitems__(indices)
 
 
@@ -110,9 +110,13 @@ def test_other_data_or_another_start_does_not_continue_an_old_run(tmp_path):
 
 
 def test_nothing_is_unpickled_from_a_checkpoint(tmp_path):
-    torch.save(dict(key="x", evil=Path("x")), tmp_path / "run.pt")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    class Touch:
+        def __reduce__(self): return open, (str(tmp_path / "unpickled"), "w")
+
+    torch.save(dict(origin={}, weights=Touch(), optimizers=[], history=[], seconds=0.0), tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="run.pt: got no whole checkpoint"):
         fit(Wrapped(), curve_data(), RECIPE, "hostile", tmp_path / "run.pt")
+    assert not (tmp_path / "unpickled").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
