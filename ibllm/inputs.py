@@ -111,8 +111,9 @@ class InputConfig(PictureConfig, SoundTextConfig, SensorConfig):
         check_fields(self, may_be_zero=("point_seed",))
         if self.video_crops not in (1, 3): raise ValueError(f"video_crops: got {self.video_crops}; expected 1 or 3")
         clips, area = self.video_clips * self.video_crops * self.video_frames, 3 * self.image_size ** 2
-        sizes = dict(image_size=area, video_clips=clips * area, points=3 * self.points, imu_samples=6 * self.imu_samples,
-                     audio_clips=self.audio_clips * self.audio_mel_bins * self.audio_frames)
+        sizes = dict(image_size=area, video_clips=clips * area, points=3 * self.points,
+                     audio_clips=self.audio_clips * self.audio_mel_bins * self.audio_frames,
+                     imu_samples=6 * self.imu_samples)
         for name, size in sizes.items():
             if size > 2**27: raise ValueError(f"{name}: makes tensors of {size:,} numbers, wants at most {2**27:,}")
 

@@ -53,7 +53,7 @@ def _is_text(value) -> bool:
     try: return isinstance(value, str) and bool(value.strip().encode())
     except UnicodeEncodeError: return False
 
-
+# %% ../nbs/06_model.ipynb #b9d19c80
 @dataclass
 class PromptTemplate:
     "How an instruction, perhaps with a context, becomes what the language model reads. Defaults: Alpaca's."
@@ -68,10 +68,11 @@ class PromptTemplate:
     def __post_init__(self):
         check_fields(self)
         for name, wanted in dict(alone={"instruction"}, with_context={"instruction", "context"}).items():
-            try: found = {(part, form, change) for _, part, form, change in Formatter().parse(getattr(self, name)) if part}
+            text = getattr(self, name)
+            try: found = {tuple(field) for _, *field in Formatter().parse(text) if field[0] is not None}
             except ValueError: found = None  # unmatched braces
-            if found != {(part, "", None) for part in wanted}:  # {instruction:>9999999999} would fill the memory
-                raise ValueError(f"{name}: got {getattr(self, name)!r:.60}, wants a text with {sorted(wanted)} in braces")
+            if found != {(field, "", None) for field in wanted}:  # {instruction:>9999999999} would fill the memory
+                raise ValueError(f"{name}: got {text!r:.60}, wants a text with {sorted(wanted)} in braces")
 
     def __call__(self, instruction: str, context: str | None = None) -> str:
         "The prompt; an empty `context` counts as none. Raises ValueError for what is no text, or an empty one."
@@ -455,7 +456,7 @@ def _part(folder: Path, name: str) -> Path:
     if (folder / name).is_dir(): return folder / name
     raise ValueError(f"folder: {str(folder)!r} has no {name}/, wants a folder written by `save_pretrained`")
 
-
+# %% ../nbs/06_model.ipynb #377108ce
 def _load_llm(folder: Path, device: str, options: dict) -> nn.Module:
     "The language model in `folder` on `device`, with its LoRA if there is one. Runs no code that came with it."
     path = _part(folder, "llm")
@@ -531,6 +532,7 @@ def load(name: str | Path, **options) -> ImageBindLLM:
     if os.path.isdir(name): return ImageBindLLM.from_pretrained(name, **options)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         from huggingface_hub import snapshot_download
-        with _loading(f"name: {str(name)!r} is no folder here and", "a model of the Hub"): folder = snapshot_download(str(name))
+        with _loading(f"name: {str(name)!r} is no folder here and", "a model of the Hub"):
+            folder = snapshot_download(str(name))
         return ImageBindLLM.from_pretrained(folder, **options)
     raise ValueError(f"name: got {str(name)!r}, wants 'toyland', a folder written by `save_pretrained`, or a Hub id")

@@ -15,7 +15,7 @@ __all__ = ['GATE_LR', 'STATE', 'IGNORE', 'BIASES', 'NORMS', 'TOYLAND_INPUTS', 'T
            'build_folder', 'before_stage_two', 'previous_model', 'features_key', 'picture_features', 'train_stages']
 
 # %% ../nbs/08_training.ipynb #8f0f1470
-import copy, hashlib, json, math, os, signal, tempfile, time, warnings, zipfile
+import copy, hashlib, math, os, signal, tempfile, time, warnings, zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -259,10 +259,11 @@ def newest_checkpoint(path: Path) -> dict | None:
         raise ValueError(f"checkpoint {path.name}: got no whole checkpoint, wants one that `fit` wrote, or no file; "
                          "delete it to start again")
     if path.exists():
-        warnings.warn(f"checkpoint {path.name}: is damaged, continuing from the one before it")
+        warnings.warn(f"checkpoint {path.name}: is damaged, continuing from the one before it", stacklevel=2)
         path.unlink()                                    # it must not become the one before
     return state
 
+# %% ../nbs/08_training.ipynb #e2ebf71b
 def load_checkpoint(path: Path, ours: dict[str, str]) -> dict | None:
     """The newest state for `path`, or None if there is none.
 
@@ -272,8 +273,8 @@ def load_checkpoint(path: Path, ours: dict[str, str]) -> dict | None:
     theirs, now = state["origin"], fingerprint(state["weights"])
     wrong = [part for part in ours if ours[part] != theirs.get(part) and (part, ours[part]) != ("start", now)]
     if not wrong: return state
-    raise ValueError(f"checkpoint {path.name}: was made with other settings or data (another {', another '.join(wrong)});"
-                     " delete it to start again")
+    raise ValueError(f"checkpoint {path.name}: was made with other settings or data "
+                     f"(another {', another '.join(wrong)}); delete it to start again")
 
 # %% ../nbs/08_training.ipynb #213beb16
 class Run:
@@ -321,9 +322,8 @@ def fit(objective: nn.Module, data: Dataset, recipe: Recipe, title: str, checkpo
     """Minimise `objective(**batch)` over `data`; returns the loss of every step (of this process's share of the batch).
 
     With `checkpoint` (a file) the run saves itself every `recipe.save_every` steps and at the end, and continues from
-    there when called again; a continued run takes exactly the steps that an unbroken one would have taken. Ctrl-C saves
-    before it stops. Raises FloatingPointError if the loss is not finite, ValueError for a checkpoint that is damaged or
-    was made with other settings."""
+    there when called again, exactly as if it had never stopped. Ctrl-C saves before it stops. Raises FloatingPointError
+    for a loss that is not finite, ValueError for a checkpoint that is damaged or was made with other settings."""
     run = Run(objective, data, recipe, checkpoint and Path(checkpoint))
     accelerator, history = run.accelerator, run.history
     batches = Batches(len(data), recipe.batch_size, recipe.steps, recipe.seed, len(history),

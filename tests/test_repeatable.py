@@ -1,4 +1,4 @@
-"""Same seed, same bytes: weights, results and figures. And nothing kept is used again for something it was not made for."""
+"Same seed, same bytes: weights, results and figures. And nothing kept is used for what it was not made for."
 import ast
 import json
 import os
@@ -14,7 +14,7 @@ from torch import nn
 
 import ibllm
 from ibllm import training
-from ibllm.training import (Binding, Columns, Jitter, Recipe, features_key, fit, origin, picture_features)
+from ibllm.training import Columns, Jitter, Recipe, features_key, fit, origin, picture_features
 from ibllm.world import split_things
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,11 +26,9 @@ def test_one_place_seeds_the_global_generators():
     "Anything else that is random draws from a generator of its own."
     found = []
     for path in sorted((ROOT / "ibllm").glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and node.name == "set_seed": node.body = []
         source = ast.unparse(ast.parse(path.read_text()))
-        found += [(path.name, line.strip()) for line in source.splitlines()
-                  if re.search(r"torch\.(manual_)?seed\(|random\.seed\(|np\.random\.(?!default_rng)|^import random", line)]
+        seeds = r"torch\.(manual_)?seed\(|random\.seed\(|np\.random\.(?!default_rng)|^import random"
+        found += [(path.name, line.strip()) for line in source.splitlines() if re.search(seeds, line)]
     assert found == [("training.py", "torch.manual_seed(seed)")]
 
 
@@ -54,7 +52,8 @@ things = draw_things(24, seed)
 recording = record(things, seed)
 set_seed(seed)
 encoder = ImageBind(toyland_imagebind(len(tokenizer)))
-images, features = recording["image"].permute(0, 3, 1, 2).float(), torch.nn.functional.normalize(torch.randn(24, 128), dim=1)
+images = recording["image"].permute(0, 3, 1, 2).float()
+features = torch.nn.functional.normalize(torch.randn(24, 128), dim=1)
 losses = fit(Binding(encoder.towers["vision"], jitter=Jitter()), Columns(x=images, anchor=features),
              Recipe(8, 8, muon_lr=5e-3, warmup=2, seed=seed), "binding")
 encoder.eval()
@@ -88,8 +87,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
     assert len(first) > 20 and first.keys() == again.keys()
     assert [name for name in first if first[name] != again[name]] == []
     other = worked(tmp_path / "c", 2)
-    same = [name for name in first if first[name] == other.get(name)]
-    assert not {"results", "things.png", "gates.png", "model/model.safetensors", "model/llm/model.safetensors"} & {*same}
+    for name in ("results", "things.png", "gates.png", "model/model.safetensors", "model/llm/model.safetensors"):
+        assert first[name] != other[name]
 
 
 # What a run was made from
