@@ -7,16 +7,16 @@ __all__ = ['KIND_COLOURS', 'COLOURS_BY', 'MOVING', 'WIDE', 'WRAP', 'sample_input
            'mp4', 'show_input', 'draw_cloud', 'neighbours', 'memory_pictures', 'draw_neighbours', 'thumbnails',
            'NextToken', 'next_tokens', 'draw_next_tokens', 'draw_view', 'Atlas', 'pca', 'store_places', 'stored_places',
            'map_path', 'toyland_atlas', 'place', 'combine', 'colours_of', 'draw_map', 'plot_map', 'NamedBytes',
-           'SenseRow', 'CacheRow', 'Given', 'MapPanel', 'Explorer']
+           'SenseRow', 'CacheRow', 'Plot', 'Given', 'MapPanel', 'Explorer']
 
 # %% ../nbs/11_explorer.ipynb #5c946d56
-import io, re, tempfile
+import io, re, sys, tempfile
 from base64 import b64encode
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from html import escape
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Lock, RLock, Thread
 from typing import NamedTuple
 
 import av, PIL.Image
@@ -96,10 +96,10 @@ def mp4(frames: np.ndarray, rate: int = 6) -> bytes:
 def _data(kind: str, content: bytes) -> str: return f"data:{kind};base64,{b64encode(content).decode()}"
 
 
-def _img(content: bytes, words: str, width: int = 128) -> str:
-    "An image element; `words` stand in for who cannot see it."
+def _img(content: bytes, words: str, width: int = 128, rendering: str = "pixelated") -> str:
+    "An image element; `words` stand in for who cannot see it, and `rendering` says how it is scaled."
     return (f'<img src="{_data("image/png", content)}" alt="{escape(words)}" title="{escape(words)}" '
-            f'style="width:{width}px; max-width:100%; image-rendering:pixelated">')
+            f'style="width:{width}px; max-width:100%; image-rendering:{rendering}">')
 
 
 def _drawing(sense: str, x: Tensor) -> bytes:
@@ -353,11 +353,13 @@ def plot_map(atlas: Atlas) -> go.Figure:
     for name, marker in MOVING.items():
         figure.add_scatter(x=[], y=[], name=name, mode="lines+markers+text", line=dict(color="#888888", width=1),
                            marker=dict(size=14, color="#000000") | marker, textposition=["top center", "bottom center"])
-    empty = dict(showgrid=False, zeroline=False, showticklabels=False)
-    figure.update_layout(width=580, height=520, margin=dict(l=0, r=0, t=30, b=0), hovermode="closest", xaxis=empty,
-                         yaxis=empty, plot_bgcolor="white", clickmode="event", dragmode="pan",
+    low, high = atlas.places.aminmax(dim=0)
+    edges = torch.stack([1.05 * low - .05 * high, 1.05 * high - .05 * low], dim=1).tolist()
+    x, y = (dict(range=edge, showgrid=False, zeroline=False, showticklabels=False) for edge in edges)
+    figure.update_layout(width=580, height=520, margin=dict(l=0, r=0, t=30, b=0), hovermode="closest", xaxis=x,
+                         yaxis=y, plot_bgcolor="white", clickmode="event", dragmode="pan",
                          legend=dict(orientation="h"))
-    return figure
+    return figure.update_traces(unselected_marker_opacity=1, unselected_textfont_color="black")  # a lasso greys nothing
 
 # %% ../nbs/11_explorer.ipynb #affb2128
 class NamedBytes(bytes):
@@ -380,7 +382,7 @@ class SenseRow(HBox):
                                style={"description_width": "60px"}, layout=Layout(width="195px"))
         self.weight = FloatSlider(1.0, min=0, max=2, step=.1, description=f"{sense} weight", continuous_update=False,
                                   style={"description_width": "100px"}, layout=Layout(width="260px"))
-        self.upload = FileUpload(description=f"add {sense}", layout=Layout(width="138px"))
+        self.upload = FileUpload(description=f"add {sense}", layout=Layout(width="152px"))
         self.upload.observe(self.add, names="value")
         super().__init__([self.choice, self.weight, self.upload], layout=WRAP)
 
@@ -412,6 +414,19 @@ class CacheRow(HBox):
         if not self.use.value: return False
         return dict(k=self.k.value, temperature=self.temperature.value, weight=self.weight.value)
 
+# %% ../nbs/11_explorer.ipynb #1cc56482
+class Plot(go.FigureWidget):
+    "A figure that the page and several threads may change, one after the other."
+    _lock = RLock()
+
+    @contextmanager
+    def batch_update(self):
+        with self._lock, super().batch_update(): yield
+
+    def set_state(self, state):
+        "Take over what was done on the page."
+        with self.batch_update(): super().set_state(state)
+
 # %% ../nbs/11_explorer.ipynb #e65394fc
 class Given(HBox):
     "Cards that show what the model was given, and a point cloud to turn."
@@ -441,7 +456,7 @@ def turn(self: Given, source):
     self.cloud.layout.display = "none" if source is None else ""
     if source is None: return
     figure = draw_cloud(self.processor("point", source)[0])
-    if not self.cloud.children: self.cloud.children = [go.FigureWidget(figure)]
+    if not self.cloud.children: self.cloud.children = [Plot(figure)]
     new, [shown] = figure.data[0], self.cloud.children
     with shown.batch_update(): shown.data[0].update(x=new.x, y=new.y, z=new.z, marker_color=new.marker.color)
 
@@ -453,7 +468,7 @@ class MapPanel(VBox):
 
     def __init__(self, atlas: Atlas, processor: Processor, ask, add):
         self.atlas, self.processor, self.ask, self.add, self.terms = atlas, processor, ask, add, {}
-        self.figure, self.lock = go.FigureWidget(plot_map(atlas)), Lock()  # a click and an answer may come together
+        self.figure, self.shown, self.showing = Plot(plot_map(atlas)), None, Lock()
         def labelled(kind, words, width, **options):
             return kind(description=words, style=WIDE, layout=Layout(width=width), **options)
         self.colour = labelled(Dropdown, "colour by", "160px", options=list(COLOURS_BY))
@@ -487,7 +502,8 @@ def _connect(self: MapPanel):
         first = n * count
         trace.on_hover(lambda _, points, __, first=first: [self.show(first + i) for i in points.point_inds[:1]])
         trace.on_click(lambda _, points, __, first=first: [self.choose(first + i) for i in points.point_inds[:1]])
-    self.figure.layout.on_change(lambda _, selections: self.choose_middle(selections), "selections")
+    layout = self.figure.layout
+    layout.on_change(lambda *_: self.choose_middle(layout.to_plotly_json()["selections"]), "selections")
     self.colour.observe(lambda change: self.recolour(change["new"]), names="value")
     self.button.on_click(lambda _: self.choose(self.sense.index * count + self.number.value))
 
@@ -497,15 +513,28 @@ def _trace(self: MapPanel, name: str, places: Tensor, text: list[str]):
     "Put the trace `name` of `MOVING` at `places` [N, 2]."
     [trace] = self.figure.select_traces(selector=dict(name=name))
     x, y = places.T.tolist()
-    with self.lock, self.figure.batch_update(): trace.update(x=x, y=y, text=text)
+    with self.figure.batch_update(): trace.update(x=x, y=y, text=text)
 
 # %% ../nbs/11_explorer.ipynb #88c348e5
 @patch
 def show(self: MapPanel, i: int):
-    "Show recording `i` beside the map, or play it."
-    sense, words = self.atlas.sense(i), self.atlas.words(i)
-    html = show_input(self.processor, sense, self.atlas.file(i), words, self.play.value)
-    self.preview.value = f"<b>{escape(words)}</b><br>{html}"
+    "Show recording `i` beside the map, or play it: its words at once, the rest soon, by the thread `viewer`."
+    wanted = (i, self.play.value)
+    if wanted == self.shown: return
+    self.shown, self.preview.value = wanted, f"<b>{escape(self.atlas.words(i))}</b>"
+    self.viewer = Thread(target=self._view, args=wanted, daemon=True)
+    self.viewer.start()
+
+
+@patch
+def _view(self: MapPanel, i: int, play: bool):
+    "What the thread does: one at a time, and only what is still wanted."
+    with self.showing:
+        if self.shown != (i, play): return
+        words = self.atlas.words(i)
+        try: html = show_input(self.processor, self.atlas.sense(i), self.atlas.file(i), words, play)
+        except Exception as error: html = _words(error)
+        if self.shown == (i, play): self.preview.value = f"<b>{escape(words)}</b><br>{html}"
 
 # %% ../nbs/11_explorer.ipynb #51818f1e
 @patch
@@ -524,18 +553,16 @@ def choose(self: MapPanel, i: int):
 
 # %% ../nbs/11_explorer.ipynb #39a4a3cb
 @patch
-def choose_middle(self: MapPanel, selections: tuple):
-    "Choose the recording nearest to the middle of the last of plotly's `selections`, and put the lasso away."
+def choose_middle(self: MapPanel, selections: list[dict]):
+    "Choose the recording nearest to the middle of the last of plotly's `selections`, a lasso or box, and put it away."
     if not selections: return
-    last, count = selections[-1], len(self.atlas.things)
-    numbers = re.findall(r"-?[\d.]+(?:e[-+]?\d+)?", last.path) if last.path else [last.x0, last.y0, last.x1, last.y1]
-    middle = torch.tensor([float(number) for number in numbers]).reshape(-1, 2).mean(0)
-    distances = (self.atlas.places - middle).norm(dim=1).reshape(-1, count)
+    last, number = selections[-1], r"-?[\d.]+(?:e[-+]?\d+)?"
+    corners = re.findall(number, last["path"]) if "path" in last else [last[side] for side in ("x0", "y0", "x1", "y1")]
+    low, high = torch.tensor([float(corner) for corner in corners]).reshape(-1, 2).aminmax(dim=0)
+    distances = (self.atlas.places - (low + high) / 2).norm(dim=1).reshape(-1, len(self.atlas.things))
     for trace, row in zip(self.figure.data, distances):
         if trace.visible == "legendonly": row.fill_(torch.inf)
-    with self.lock, self.figure.batch_update():
-        self.figure.layout.selections = []
-        self.figure.update_traces(selectedpoints=None)
+    self.figure.plotly_relayout({"selections": []})
     self.choose(distances.argmin().item())
 
 # %% ../nbs/11_explorer.ipynb #6ca30bd2
@@ -579,6 +606,8 @@ class Explorer(VBox):
 
     def __init__(self, model: ImageBindLLM, samples: dict[str, dict[str, Path]], question: str = "what is this ?",
                  pictures=memory_pictures, atlas=toyland_atlas):
+        colab = sys.modules.get("google.colab.output")
+        if colab: colab.enable_custom_widget_manager()
         self.model, self.worker, self.stopped = model, None, Event()
         self.pictures, self.found, self.located, self.map = None, None, [], None
         self._make_controls(samples, question)
@@ -614,11 +643,11 @@ def _make_outputs(self: Explorer):
                                for word in ("with", "without"))
     self.given = Given(self.model.processor)
     self.retrieved = HTML(layout=Layout(max_height="230px", overflow="auto"))
-    self.chart, self.gates = (HTML(layout=Layout(min_height="260px")) for _ in range(2))
+    self.chart, self.gates = (HTML(layout=Layout(width="280px", min_height="230px")) for _ in range(2))
     self.map_box = VBox([HTML("the map is being drawn …")])
     inside = HBox([self.chart, self.gates], layout=WRAP)
     self.tabs = Tab([VBox([self.given, self.retrieved]), inside, self.map_box],
-                    titles=("Given and retrieved", "Look inside", "Map"))
+                    titles=("Given and found", "Look inside", "Map"))
 
 # %% ../nbs/11_explorer.ipynb #1a48c424
 @patch
@@ -707,7 +736,8 @@ def _answer(self: Explorer, request: dict, stopped: Event):
     figure, scales = Figure(figsize=(3.4, 2.6), layout="constrained"), (0, request["scale"])
     told = next_tokens(self.model, request["inputs"], request["question"], scales, cache)
     draw_next_tokens(figure.subplots(), told, scales)
-    self.chart.value = _img(figure_png(figure), "probabilities of the next token without the feature and with it", 300)
+    words = "probabilities of the next token without the feature and with it"
+    self.chart.value = _img(figure_png(figure, 160), words, 276, "auto")
 
 # %% ../nbs/11_explorer.ipynb #e4c499bb
 @patch
@@ -731,8 +761,8 @@ def _show_located(self: Explorer):
 @patch
 def _prepare(self: Explorer, pictures, atlas):
     "In the background: the gates, the memory's pictures, the map; what fails says so in its place."
-    gates = draw_gates(self.model.injection.gates.tanh().tolist(), "gates: what each head lets through")
-    self.gates.value = _img(figure_png(gates), "heat map of the gates of each layer and head", 280)
+    gates = draw_gates(self.model.injection.gates.tanh().tolist(), "what each head lets through")
+    self.gates.value = _img(figure_png(gates, 160), "heat map of the gates of each layer and head", 276, "auto")
     try: self.pictures = pictures(self.model)
     except Exception as error: self.retrieved.value = _words(error)
     try:

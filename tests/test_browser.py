@@ -108,6 +108,9 @@ class Page:
         self.page = browser.new_page()
         self.page.set_viewport_size(dict(width=1400, height=1200))
         self.page.set_default_timeout(120_000)
+        self.page.add_init_script("""window.blocked = []
+            new PerformanceObserver(list => list.getEntries().forEach(e => window.blocked.push(e.duration / 1000)))
+                .observe({type: 'longtask', buffered: true})""")
 
     def photograph(self, name):
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
@@ -169,10 +172,16 @@ class Page:
         self.answered(lambda: chooser.value.set_files(file))
         self.until(lambda: self.chosen(sense) == Path(file).name)
 
-    def point(self, trace, number):
-        "Where a recording lies on the screen."
-        box = self.page.locator(".scatterlayer .trace").nth(trace).locator("path.point").nth(number).bounding_box()
-        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    def lonely(self, trace):
+        "The recording of `trace` that lies farthest from all others: its number, and where it is on the screen."
+        return self.page.evaluate("""(trace) => {
+            const middle = box => [box.x + box.width / 2, box.y + box.height / 2]
+            const where = [...document.querySelectorAll('.scatterlayer .trace')].map(
+                t => [...t.querySelectorAll('path.point')].map(p => middle(p.getBoundingClientRect())))
+            const distance = (a, b) => Math.hypot(a[0] - b[0], a[1] - b[1])
+            const space = where[trace].map(p => Math.min(...where.flat().filter(q => q !== p).map(q => distance(p, q))))
+            const number = space.indexOf(Math.max(...space))
+            return [number, ...where[trace][number]]}""", trace)
 
 
 @pytest.fixture(scope="session")
@@ -185,7 +194,7 @@ def lab(browser, jupyter):
     lab.page.get_by_role("menuitem", name="Run", exact=True).click()
     lab.page.get_by_text("Run All Above Selected Cell", exact=True).click()
     lab.start()
-    lab.open("Given and retrieved")
+    lab.open("Given and found")
     return lab
 
 
@@ -201,14 +210,19 @@ def bell(lab):
 
 # In JupyterLab
 
-def test_every_control_has_a_label(lab):
-    nameless = lab.page.evaluate("""() => [...document.querySelectorAll(
-        '.jupyter-widgets select, .jupyter-widgets input, .jupyter-widgets button, .noUi-handle')]
-        .filter(c => c.offsetParent && !c.innerText && !c.labels?.length && !c.ariaLabel && !c.title
-                     && !c.closest('.widget-inline-hbox')?.querySelector('.widget-label')?.innerText
-                     && !c.closest('.js-plotly-plot'))
-        .map(c => c.outerHTML.slice(0, 200))""")
-    assert not nameless
+@pytest.mark.parametrize("tab", ["Given and found", "Look inside", "Map"])
+def test_every_control_has_a_label(lab, tab):
+    lab.open(tab)
+    controls, nameless = lab.page.evaluate("""() => {
+        const controls = [...document.querySelectorAll(
+            '.jupyter-widgets select, .jupyter-widgets input, .jupyter-widgets button, .noUi-handle')]
+            .filter(c => c.checkVisibility() && !c.closest('.js-plotly-plot'))
+        return [controls.length, controls.filter(
+            c => !c.innerText && !c.labels?.length && !c.ariaLabel && !c.title
+                 && !c.closest('.widget-inline-hbox')?.querySelector('.widget-label')?.innerText)
+            .map(c => c.outerHTML.slice(0, 200))]}""")
+    lab.open("Given and found")
+    assert controls >= 30 + 9 * (tab == "Map") and not nameless
 
 
 def test_files_of_every_kind_are_uploaded_shown_and_answered(lab):
@@ -253,12 +267,13 @@ def test_every_slider_moves_the_answer_in_time(bell):
         if sense != "audio": bell.choose(sense, "ball")
     labels = [*(f"{sense} weight" for sense in FILES), "k", "temperature", "cache weight", "injection (0: plain LLaMA)"]
     times = []
+    bell.page.evaluate("window.blocked = []")
     for label in labels:
         before = bell.readout(label)
         times.append(bell.drag(label, .25))
         assert bell.readout(label) != before and bell.text("status:") == "done", label
     signs, answers = zip(*times)
-    record("sliders", sign=signs, answer=answers)
+    record("sliders", sign=signs, answer=answers, blocked=bell.page.evaluate("window.blocked"))
     assert sorted(signs)[len(signs) // 2] <= .2 and sorted(answers)[len(answers) // 2] <= 1.5, times
 
 
@@ -289,7 +304,7 @@ def test_the_injection_slider_changes_the_answer_and_the_chart(bell):
     assert bell.text("without the cache:") == alone  # with no injection, it does not matter what is heard
     bell.drag("injection (0: plain LLaMA)", .5)
     assert heard == "a bell" and bell.text("without the cache:") != "a bell"
-    bell.open("Given and retrieved")
+    bell.open("Given and found")
 
 
 def test_an_answer_takes_at_most_a_second(bell):
@@ -310,10 +325,20 @@ def test_keyboard_alone(bell):
     bell.page.keyboard.type("is it small or big ?")
     bell.answered(lambda: bell.page.keyboard.press("Enter"))
     assert bell.text("without the cache:") in ("small", "big")
-    bell.widget("question").locator("input").fill("what is this ?")
+    bell.page.keyboard.press("Control+A")
+    bell.page.keyboard.type("what is this ?")
     bell.page.keyboard.press("Tab")
     bell.answered(lambda: bell.page.keyboard.press("Space"))
     assert bell.text("without the cache:") == "a bell"
+    bell.widget("audio").locator("select").focus()
+    for key in ("Space", "ArrowUp"): bell.page.keyboard.press(key)  # a bare arrow is JupyterLab's, it changes the cell
+    bell.answered(lambda: bell.page.keyboard.press("Enter"))
+    assert bell.chosen("audio") == "ball" and bell.text("without the cache:") == "a ball"
+    bell.page.get_by_role("tab", name="Given and found", exact=True).focus()
+    for key in ("ArrowRight", "Enter"): bell.page.keyboard.press(key)
+    bell.page.locator("img[alt^='heat map of the gates']").wait_for()
+    for key in ("ArrowLeft", "Enter"): bell.page.keyboard.press(key)
+    bell.page.locator("img[alt^='heat map of the gates']").wait_for(state="hidden")
 
 
 # The map
@@ -323,47 +348,37 @@ def plane(bell):
     bell.open("Map")
     bell.page.locator(".js-plotly-plot", has=bell.page.locator(".scatterlayer")).scroll_into_view_if_needed()
     yield bell
-    bell.open("Given and retrieved")
-
-
-# Passed on some runs, and on others waited for the map until time was up.
-UNSTEADY = pytest.mark.skip(reason="the map answers the mouse unsteadily on a slow machine; the cause is not known yet")
+    bell.open("Given and found")
 
 
 def preview(page): return page.page.locator(".widget-html-content b").filter(has_text=re.compile(r"^\w+ \d+: ")).last
 
 
-@UNSTEADY
+def previewed(page, start): return preview(page).count() and preview(page).inner_text().startswith(start)
+
+
 def test_pointing_at_the_map_shows_and_plays_and_a_click_asks(plane):
-    plane.page.locator(".legendtoggle").nth(3).dblclick()  # the other senses would lie over the sounds
-    plane.page.wait_for_timeout(1000)
-    plane.page.mouse.move(*plane.point(0, 5))
-    plane.until(lambda: preview(plane).count() and preview(plane).inner_text().startswith("audio "))
+    number, x, y = plane.lonely(3)
+    plane.page.mouse.move(x, y, steps=5)
+    plane.until(lambda: previewed(plane, f"audio {number}: "))
     words = preview(plane).inner_text()
     plane.until(lambda: plane.page.locator(f"audio[title='{words}']").evaluate("a => a.currentTime > 0"))
-    plane.answered(lambda: plane.page.mouse.click(*plane.point(0, 5)))
+    plane.answered(lambda: plane.page.mouse.click(x, y))
     assert plane.chosen("audio") == words and plane.text("status:") == "done"
     plane.photograph("map")
 
-    def all_senses_again():
-        plane.page.locator(".legendtoggle").nth(3).dblclick()  # on a slow machine it may count as two single clicks
-        plane.page.wait_for_timeout(2000)
-        return plane.page.locator(".scatterlayer .trace").count() > 7
-    plane.until(all_senses_again)
 
-
-@UNSTEADY
 def test_the_lasso_asks_about_what_is_in_its_middle(plane):
     plane.page.locator("[data-title='Lasso Select']").click()
-    x, y = plane.point(0, 0)
+    number, x, y = plane.lonely(0)
     plane.page.mouse.move(x - 30, y - 30)
     plane.page.mouse.down()
     for dx, dy in ((30, -30), (30, 30), (-30, 30), (-30, -30)): plane.page.mouse.move(x + dx, y + dy, steps=4)
-    plane.answered(plane.page.mouse.up)
-    asked = [plane.chosen(sense) for sense in FILES]
-    assert any(re.match(r"\w+ \d+: ", words) and words == preview(plane).inner_text() for words in asked)
-    assert plane.text("status:") == "done"
     plane.photograph("lasso")
+    plane.answered(plane.page.mouse.up)
+    assert previewed(plane, f"image {number}: ") and plane.chosen("image") == preview(plane).inner_text()
+    assert plane.text("status:") == "done"
+    plane.until(lambda: not plane.page.locator(".selectionlayer path").count())  # put away
     plane.page.locator("[data-title='Pan']").click()
 
 
@@ -399,7 +414,7 @@ def test_kinds_are_named_on_the_map(plane):
 
 # At 800 pixels; slow answers
 
-@pytest.mark.parametrize("tab", ["Given and retrieved", "Look inside", "Map"])
+@pytest.mark.parametrize("tab", ["Given and found", "Look inside", "Map"])
 def test_nothing_is_cut_off_at_800_pixels(bell, tab):
     bell.choose("point", "bell")
     bell.page.set_viewport_size(dict(width=800, height=1300))
@@ -412,7 +427,7 @@ def test_nothing_is_cut_off_at_800_pixels(bell, tab):
     edge = bell.page.locator(".jp-OutputArea-output").first.evaluate("e => e.getBoundingClientRect().right")
     beyond = bell.page.locator(".jupyter-widgets:visible, .js-plotly-plot:visible").evaluate_all(
         "(all, edge) => all.filter(e => e.getBoundingClientRect().right > edge + 1).map(e => e.innerText)", edge)
-    bell.open("Given and retrieved")
+    bell.open("Given and found")
     bell.page.set_viewport_size(dict(width=1400, height=1200))
     assert not beyond
 
@@ -447,9 +462,12 @@ def answers(page):
 def test_notebook_7(browser, jupyter):
     page = Page(browser)
     page.page.goto(jupyter + "notebooks/nbs/explore.ipynb")
-    page.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
-    page.page.locator(".jp-CodeCell").last.click()
-    page.page.keyboard.press("Shift+Enter")
+    def run():  # a cell that is run before the kernel is connected is dropped, and the page looks idle all the same
+        page.page.locator(".jp-CodeCell").first.click()
+        page.page.keyboard.press("Shift+Enter")
+        page.page.wait_for_timeout(1000)
+        return page.page.locator(".jp-InputPrompt", has_text=re.compile(r"\[[*\d]")).count()
+    page.until(run, seconds=120)
     answers(page)
     page.photograph("notebook")
 
