@@ -285,11 +285,11 @@ def draw_emergence(results: dict) -> Figure:
 
 # %% ../nbs/10_figures.ipynb #ac1e1666
 def draw_arithmetic(results: dict) -> Figure:
-    """Share of captions with the wanted kind and colour per kind of sum (`sums`), cache off (grey) and on (blue), hatched
-    for combinations never pictured; and the kinds named along mixtures (`walks` over `shares`)."""
+    """Share of captions with the wanted kind and colour per sum (`sums`), cache off (grey) and on (blue), hatched for
+    combinations never pictured; and the kinds named along mixtures (`walks` over `shares`)."""
     figure = Figure(figsize=(PAGE, 3), layout="constrained")
     left, *right = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
-    for y, (name, by) in enumerate(results["sums"].items()):
+    for y, by in enumerate(results["sums"].values()):
         for i, (part, row) in enumerate((p, r) for p in ("seen", "unseen") for r in ("off", "on")):
             value = by[part][row]["both"]
             left.barh(y - .3 + .2 * i, value["mean"], .19, color=ROW_COLOURS[dict(off="raw", on="cache")[row]],
@@ -305,7 +305,7 @@ def draw_arithmetic(results: dict) -> Figure:
                 axes.plot(results["shares"], course, dash, color=colour, label=f"{who}, {row}")
         axes.set(xlabel=f"weight of the {sense} of b", ylim=(0, 1.02), title=f"image of a, {sense} of b")
     right[0].set_ylabel("share of captions naming the kind of")
-    right[1].legend(frameon=False, fontsize=6)
+    figure.legend(*right[1].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
 # %% ../nbs/10_figures.ipynb #cb6eeb0f
@@ -318,8 +318,8 @@ def _reach(values):
 
 # %% ../nbs/10_figures.ipynb #d37c612f
 def draw_joint_map(results: dict, maps: dict) -> Figure:
-    """The first of `maps` (name → `[N,2]`): raw and after the cache, by sense; by kind, with sums as arrows; below, small,
-    all by kind. Rows of a map: all `senses` × `count` things raw, the same after the cache, then the sums."""
+    """The first of `maps` (name → `[N,2]`): raw and after the cache, by sense; by kind, with sums as arrows; below, all
+    by kind. Rows of a map: all `senses` × `count` things raw, the same after the cache, then the sums."""
     figure = Figure(figsize=(PAGE, 4.3), layout="constrained")
     n, names = len(results["senses"]) * results["count"], list(maps)
     first, kinds = maps[names[0]], [TAB20(kind) for kind in results["kinds"]] * len(results["senses"])
