@@ -19,7 +19,7 @@ def watch(event, arguments):
         name = arguments[0]
         if isinstance(name, (str, bytes)) and os.fsdecode(name).startswith(home): touched.append((event, name))
     if event in ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.posix_spawn"):
-        if "ldconfig" not in str(arguments): touched.append((event, str(arguments)))  # a torch for CUDA asks where it is
+        if "ldconfig" not in str(arguments): touched.append((event, str(arguments)))  # CUDA's torch looks
 
 sys.addaudithook(watch)
 """
