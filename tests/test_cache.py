@@ -1,5 +1,12 @@
-"The visual cache against numbers recorded from the published system, and against bad input."
+"The visual cache against numbers recorded from the published system, against kills and full disks, and bad input."
+import copy
+import errno
 import json
+import resource
+import subprocess
+import sys
+import weakref
+from contextlib import contextmanager
 from pathlib import Path
 
 import faiss
@@ -7,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from ibllm.cache import VisualCache
+import ibllm.cache
+from ibllm.cache import FORMS, Shards, VisualCache, embed_images, encoder_fingerprint, write_shard
 
 GOLDEN = Path(__file__).parent / "golden" / "cache_tiny"
 META = json.loads((GOLDEN / "meta.json").read_text())
@@ -113,14 +121,361 @@ def test_save_load_round_trip(tmp_path):
 def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     VisualCache.build(features()).save(tmp_path / "a.index")
     before = (tmp_path / "a.index").read_bytes()
-    def half(index, name):
-        Path(name).write_bytes(b"half")
-        raise OSError("disk full")
+    def half(index, writer):
+        next(tmp_path.glob("*.part")).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "disk full")
     monkeypatch.setattr(faiss, "write_index", half)
-    with pytest.raises(OSError, match="disk full"): VisualCache.build(features(9)).save(tmp_path / "a.index")
+    with pytest.raises(OSError, match="path: cannot write .*: disk full"):
+        VisualCache.build(features(9)).save(tmp_path / "a.index")
     assert (tmp_path / "a.index").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.index", "a.index.json"]
 
+
+# Forms
+
+def clustered(n, width=32, seed=0):
+    "Unit features in a few dozen cells of unequal size, most of their variance in few directions."
+    draw = torch.Generator().manual_seed(seed)
+    spread = torch.arange(1, width + 1).pow(-.5)
+    centres = torch.randn(40, width, generator=torch.Generator().manual_seed(9)) * spread
+    which = (40 * torch.rand(n, generator=draw) ** 2).long()
+    return F.normalize(1 / width ** .5 + centres[which] + .5 * torch.randn(n, width, generator=draw) * spread, dim=1)
+
+
+@pytest.fixture(scope="module")
+def large(): return clustered(6000)
+
+
+@pytest.fixture(scope="module")
+def away():
+    "Queries off the memory's manifold: other features, shifted by a constant gap."
+    return F.normalize(clustered(300, seed=1) + torch.linspace(-.3, .3, 32), dim=1)
+
+
+def size_per_feature(cache): return len(faiss.serialize_index(cache.index)) / len(cache)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_enhances_like_the_exact_one(form, large, away):
+    exact, cache = VisualCache.build(large, "exact"), VisualCache.build(large, form)
+    cosine = F.cosine_similarity(cache.enhance(away), exact.enhance(away))
+    if form == "hnsw": assert cosine.mean() > .98  # what it is at FAISS's own setting, `efSearch=16`
+    else: assert cosine.mean() > .999 and cosine.quantile(.01) > .995
+    nearest, several = cache.retrieve(away, k=1), cache.retrieve(away)
+    assert F.cosine_similarity(nearest.prototype, large[nearest.ids[:, 0]]).min() > .99
+    assert (several.similarities.diff(dim=1) <= 1e-5).all()
+
+
+def test_compact_forms_are_compact(large):
+    sizes = {form: size_per_feature(VisualCache.build(large, form)) / (4 * 32) for form in FORMS}
+    assert sizes["exact"] < 1.01 and sizes["half"] < .51 and sizes["8bit"] < .26
+    assert sizes["ivf-rabitq"] < .6 < 1 < sizes["hnsw"]  # of 32 numbers; what a vector costs beside them is fixed
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("count", [1, 2, 17, 40, 1000])
+def test_every_form_takes_any_count(form, count, large):
+    cache = VisualCache.build(large[:count], form)
+    assert len(cache) == count and cache.form == form
+    found = cache.retrieve(large[:count], k=1)
+    assert F.cosine_similarity(found.prototype, large[:count]).min() > .97
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_survives_the_disk(form, large, away, tmp_path):
+    cache = VisualCache.build(large[:2000], form, made_from="clusters", path=tmp_path / "a.index")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.index", "a.index.json"]
+    for mmap in (False, True):
+        again = VisualCache.load(tmp_path / "a.index", mmap=mmap)
+        assert torch.equal(again.enhance(away), cache.enhance(away)) and again.form == form
+
+
+def test_form_by_default(large, monkeypatch):
+    monkeypatch.setattr(ibllm.cache, "LARGE", 5999)
+    assert VisualCache.build(large).form == ibllm.cache.COMPACT
+    assert VisualCache.build(large[:5999]).form == "exact"
+
+
+def test_unknown_form(large):
+    with pytest.raises(ValueError, match="^form: got 'pq', wants one of exact, half, 8bit"):
+        VisualCache.build(large, "pq")
+
+
+# Building
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_source_gives_the_same_memory(form, tmp_path, monkeypatch):
+    monkeypatch.setattr(ibllm.cache, "CHUNK", 256)
+    memory = clustered(1500)
+    for number, rows in enumerate(memory.split(512)):
+        write_shard(rows, tmp_path / "safe", number)
+        (tmp_path / "npy").mkdir(exist_ok=True)
+        np.save(tmp_path / "npy" / f"{number}.npy", rows.numpy())
+    sources = [memory, memory.split(512), iter(memory.split(100)), tmp_path / "safe", str(tmp_path / "npy"),
+               Shards(tmp_path / "npy")]
+    built = [faiss.serialize_index(VisualCache.build(source, form).index) for source in sources]
+    assert all((one == built[0]).all() for one in built)
+
+
+def test_shards_may_be_half_precision_and_of_unequal_size(tmp_path):
+    memory = clustered(100).half()
+    for number, rows in enumerate(memory.split([1, 60, 39])): write_shard(rows, tmp_path, number)
+    assert [len(shard) for shard in Shards(tmp_path)] == [1, 60, 39]
+    assert torch.allclose(VisualCache.build(tmp_path).enhance(clustered(3, seed=2)),
+                          VisualCache.build(memory).enhance(clustered(3, seed=2)))
+
+
+def test_a_generator_is_never_held_whole(monkeypatch):
+    monkeypatch.setattr(ibllm.cache, "CHUNK", 256)
+    alive = weakref.WeakSet()
+
+    def chunks():
+        for seed in range(20):
+            chunk = clustered(128, seed=seed)
+            alive.add(chunk)
+            assert len(alive) <= 4
+            yield chunk
+    assert len(VisualCache.build(chunks())) == 20 * 128
+
+
+KILLED = """
+import os, random, signal, sys
+from pathlib import Path
+import faiss, torch
+torch.set_num_threads(1); faiss.omp_set_num_threads(1)
+import ibllm.cache, ibllm.world
+form, shards, path = sys.argv[1:]
+ibllm.cache.CHUNK = 64
+ours = {ibllm.cache.__file__, ibllm.world.__file__}
+def die_after(lines):
+    def trace(frame, event, argument):
+        nonlocal lines
+        if frame.f_code.co_filename not in ours: return None
+        lines -= event == "line"
+        if not lines: os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+    sys.settrace(trace)
+def stored(file): return faiss.read_index(str(file)).ntotal
+random.seed(form)
+died = -signal.SIGKILL
+while died == -signal.SIGKILL:
+    child = os.fork()
+    if not child:
+        die_after(random.randint(1, 2000))
+        ibllm.cache.VisualCache.build(shards, form, path=path)
+        os._exit(0)
+    random.random()  # the next child draws another number
+    died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(max([stored(file) for file in Path(path).parent.glob("*.building")] or [6000 * Path(path).exists()]))
+sys.exit(died)
+"""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_killed_build_goes_on_to_the_same_bytes(form, tmp_path, monkeypatch):
+    "Killed again and again, at lines of code drawn by chance, until one attempt lives to the end."
+    memory, folder = clustered(6000), tmp_path / "killed"
+    folder.mkdir()
+    for number, rows in enumerate(memory.split(1000)): write_shard(rows, tmp_path / "shards", number)
+    arguments = [form, tmp_path / "shards", folder / "a.index"]
+    told = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    states = [int(line) for line in told.stdout.split()]
+    assert states == sorted(states) and any(0 < n < 6000 for n in states), states
+    monkeypatch.setattr(ibllm.cache, "CHUNK", 64)
+    VisualCache.build(memory, form, path=tmp_path / "a.index")
+    assert sorted(p.name for p in folder.iterdir()) == ["a.index", "a.index.json"]
+    for name in ("a.index", "a.index.json"): assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_what_other_features_left_unfinished_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(ibllm.cache, "CHUNK", 256)
+    def stop(*arguments, **options): raise KeyboardInterrupt
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(ibllm.cache.VisualCache, "save", stop)
+        VisualCache.build(clustered(1000, seed=1), path=tmp_path / "a.index")
+    assert [p.suffix for p in tmp_path.iterdir()] == [".building"]
+    again = VisualCache.build(clustered(1000), path=tmp_path / "a.index")
+    assert torch.equal(again.enhance(clustered(5)), VisualCache.build(clustered(1000)).enhance(clustered(5)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.index", "a.index.json"]
+
+
+# From images
+
+def encode(images): return torch.stack([torch.tensor([float(image), 1.0]) for image in images])
+
+
+def test_images_become_shards_in_order(tmp_path):
+    for rank in (2, 0, 1): embed_images(list(range(1, 51)), encode, tmp_path, "0.5 1", rank, 3, size=7, batch=3)
+    assert torch.equal(torch.cat(list(Shards(tmp_path))), encode(range(1, 51)))
+    assert VisualCache.build(tmp_path).fingerprint == "0.5 1"
+    assert all(not p.name.endswith(".part") for p in tmp_path.iterdir())
+
+
+def test_images_are_encoded_once_and_what_is_missing_again(tmp_path):
+    seen = []
+    def watched(images): return seen.extend(images) or encode(images)
+    embed_images(list(range(1, 51)), watched, tmp_path, size=10)
+    (tmp_path / "000003.safetensors").unlink()
+    with pytest.raises(ValueError, match="^features: folder .* holds 4 shards, wants 5$"): Shards(tmp_path)
+    embed_images(list(range(1, 51)), watched, tmp_path, size=10)
+    assert seen == [*range(1, 51), *range(31, 41)]
+
+
+def test_shards_of_other_images_are_refused(tmp_path):
+    embed_images(["1", "2"], encode, tmp_path)
+    for images, fingerprint in ((["1", "3"], ""), (["1"], ""), (["1", "2"], "0.5")):
+        with pytest.raises(ValueError, match="^folder: .* holds features of other images, encoder or size"):
+            embed_images(images, encode, tmp_path, fingerprint)
+    with pytest.raises(ValueError, match="^images: got none"): embed_images(tmp_path, encode, tmp_path / "none")
+
+
+def test_a_folder_of_pictures_is_read_in_order_of_path(tmp_path):
+    for name in ("b/1.PNG", "a/2.jpg", "a/1.webp", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    seen = []
+    embed_images(tmp_path, lambda paths: seen.extend(paths) or torch.ones(len(paths), 2), tmp_path / "shards")
+    assert [str(p.relative_to(tmp_path)) for p in seen] == ["a/1.webp", "a/2.jpg", "b/1.PNG"]
+
+
+@pytest.mark.parametrize("name, content", [("0.npy", b"no array"), ("0.safetensors", b"no tensors"), ("0.npy", b""),
+                                           ("0.safetensors", b""), ("shards.json", b"["), ("shards.json", b"[]")])
+def test_broken_shards_are_refused(name, content, tmp_path):
+    write_shard(clustered(10), tmp_path, 1)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="^features: shard 0|^path: 'shards.json' is not a record") as error:
+        VisualCache.build(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_shards_with_objects_or_other_tensors_are_refused(tmp_path):
+    np.save(tmp_path / "0.npy", np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="^features: shard 0.npy holds no features"): VisualCache.build(tmp_path)
+    (tmp_path / "0.npy").unlink()
+    save_file({"weights": clustered(3)}, tmp_path / "0.safetensors")
+    with pytest.raises(ValueError, match="^features: shard 0.safetensors holds no"): VisualCache.build(tmp_path)
+    with pytest.raises(ValueError, match="^features: folder .* holds 0 shards"): VisualCache.build(tmp_path / "absent")
+
+
+# The encoder that made it
+
+def test_fingerprint_tells_encoders_apart_and_survives_half_precision(tmp_path):
+    torch.manual_seed(0)
+    first, second = (torch.nn.Sequential(torch.nn.Linear(9, 8), torch.nn.Linear(8, 4)) for _ in range(2))
+    VisualCache.build(clustered(9), fingerprint=encoder_fingerprint(first)).save(tmp_path / "a.index")
+    cache = VisualCache.load(tmp_path / "a.index")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        cache.check_encoder(encoder_fingerprint(copy.deepcopy(first).to(dtype)))
+    for other in (second, first[:1]):
+        with pytest.raises(ValueError, match="^fingerprint: got another encoder than the one that made this memory"):
+            cache.check_encoder(encoder_fingerprint(other))
+    cache.check_encoder("")
+    VisualCache.build(clustered(9)).check_encoder(encoder_fingerprint(first))
+
+
+# The disk
+
+@contextmanager
+def full_disk(room):
+    "Files cannot grow beyond `room` bytes: what a program sees is a write that fails half way, as on a full disk."
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("room", [0, 100, 9_000, 40_000])
+def test_a_full_disk_leaves_the_old_memory(form, room, tmp_path):
+    VisualCache.build(clustered(9), made_from="nine").save(tmp_path / "a.index")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    large = VisualCache.build(clustered(1500), form)
+    with full_disk(room), pytest.raises(OSError, match="path: cannot write .*a.index") as error:
+        large.save(tmp_path / "a.index")
+    assert error.value.errno == errno.EFBIG and "\n" not in str(error.value)
+    with full_disk(room), pytest.raises(OSError, match="path: cannot write"):
+        VisualCache.build(clustered(1500), form, path=tmp_path / "a.index")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_truncated_index_is_refused(form, mmap, tmp_path):
+    VisualCache.build(clustered(300), form, path=tmp_path / "a.index")
+    whole = (tmp_path / "a.index").read_bytes()
+    (tmp_path / "a.index.json").rename(tmp_path / "record")
+    for share in (.01, .3, .6, .99):
+        (tmp_path / "cut.index").write_bytes(whole[:int(share * len(whole))])
+        with pytest.raises(ValueError, match="cut.index' is not a FAISS index$"):
+            VisualCache.load(tmp_path / "cut.index", mmap=mmap)
+    (tmp_path / "record").rename(tmp_path / "cut.index.json")
+    with pytest.raises(ValueError, match="has .* bytes, its record says"): VisualCache.load(tmp_path / "cut.index")
+
+
+MAPPED = """
+import sys
+from pathlib import Path
+from ibllm.cache import VisualCache
+def private():
+    "Bytes that this process shares with no other and with no file."
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"): return int(line.split()[1]) * 1024
+before = private()
+cache = VisualCache.load(sys.argv[1], mmap=sys.argv[2] == "True")
+print(private() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+@pytest.mark.parametrize("form", ["exact", "half", "8bit", "hnsw"])
+def test_a_mapped_memory_stays_in_its_file(form, tmp_path):
+    path = tmp_path / "a.index"
+    VisualCache.build(clustered(20_000, width=256), form, path=path)
+    mapped, loaded = (int(subprocess.run([sys.executable, "-c", MAPPED, str(path), str(mmap)], capture_output=True,
+                                         text=True, check=True).stdout) for mmap in (True, False))
+    assert loaded > .8 * path.stat().st_size and mapped < .4 * path.stat().st_size
+
+
+# A GPU, played by the index itself
+
+@pytest.mark.parametrize("form", ["exact", "half", "8bit", "ivf-8bit"])
+def test_searching_on_a_gpu_takes_the_vectors_from_main_memory(form, large, away, monkeypatch):
+    cache, asked = VisualCache.build(large, form), []
+    class Searcher:
+        def search(self, query, k): return asked.append(len(query)) or cache.index.search(query, k)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda resources, number, index: Searcher(), raising=False)
+    expected = cache.enhance(away)
+    assert torch.allclose(cache.to("cuda").enhance(away), expected, atol=1e-6) and asked == [300]
+    assert torch.equal(cache.to("cpu").enhance(away), expected) and asked == [300]
+
+
+def test_gpu_is_refused_where_there_is_none(large, monkeypatch):
+    cache = VisualCache.build(large)
+    monkeypatch.delattr(faiss, "StandardGpuResources", raising=False)
+    with pytest.raises(RuntimeError, match="^device: got 'cuda', wants the package faiss-gpu"): cache.to("cuda")
+    def refuse(*_): raise RuntimeError("not supported")
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", refuse, raising=False)
+    with pytest.raises(ValueError, match="^device: FAISS cannot search IndexFlat[IP]* on a GPU$"): cache.to("cuda:1")
+    assert len(cache.enhance(large[:2])) == 2
+
+
+# Settings for each row
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 999), data=st.data())
+def test_settings_for_each_row_are_calls_of_their_own(seed, data):
+    cache, query = VisualCache.build(features(30, seed=seed)), features(4, seed=seed + 1)
+    draw = lambda values: data.draw(st.lists(values, min_size=4, max_size=4))
+    each = dict(k=draw(st.integers(1, 30)), temperature=draw(st.floats(0, 100)), weight=draw(st.floats(0, 1)))
+    together = cache.enhance(query, **each)
+    alone = [cache.enhance(query[i:i + 1], *(each[name][i] for name in each)) for i in range(4)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-6)
+
+
+# Bad input
 
 BAD = {
     "k below one": (dict(k=0), "^k: got 0, wants an integer from 1 to 6"),
@@ -129,6 +484,14 @@ BAD = {
     "weight negative": (dict(weight=-0.1), "^weight: got -0.1, wants a number from 0 to 1$"),
     "weight above one": (dict(weight=1.01), "^weight: got 1.01"),
     "weight nan": (dict(weight=float("nan")), "^weight: got nan"),
+    "k for other rows": (dict(k=[1, 2, 3]), "^k: got 3 values, wants one, or one for each of the 2 features$"),
+    "k of a row": (dict(k=[1, 7]), r"^k: got \[1, 7\], wants an integer from 1 to 6"),
+    "k in words": (dict(k="ten"), "^k: got ten, wants an integer from 1 to 6"),
+    "no weight": (dict(weight=None), "^weight: got None, wants a number from 0 to 1$"),
+    "many weights": (dict(feature=features(99), weight=torch.full((99,), 2.)), "^weight: got tensor"),
+    "no k": (dict(k=[]), "^k: got 0 values"),
+    "weight for other rows": (dict(weight=torch.ones(5)), "^weight: got 5 values, wants one, or one for each"),
+    "temperature of a row": (dict(temperature=[1, -1]), r"^temperature: got \[1, -1\], wants a number of at least 0$"),
     "temperature negative": (dict(temperature=-1), "^temperature: got -1, wants a number of at least 0$"),
     "temperature nan": (dict(temperature=float("nan")), "^temperature: got nan"),
     "temperature infinite": (dict(temperature=float("inf")), "^temperature: got inf"),
@@ -136,14 +499,14 @@ BAD = {
     "one dimension": (dict(feature=torch.ones(16)), r"^feature: got \(16,\), wants a tensor \[B, 16\]"),
     "not a tensor": (dict(feature=[[1.0]]), "^feature: got list, wants a tensor"),
     "nan": (dict(feature=torch.full((1, 16), float("nan"))), "^feature: got NaN or infinite values"),
-    "zero": (dict(feature=torch.zeros(1, 16)), "^feature: got a zero vector"),
+    "zero": (dict(feature=torch.eye(16)[:2] * torch.tensor([[1], [0]])), "^feature: got a zero vector in row 1, wants"),
 }
 
 
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD.keys())
 def test_enhance_refuses(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
-        VisualCache.build(features()).enhance(**{"feature": features(1, seed=1), "k": 3} | arguments)
+        VisualCache.build(features()).enhance(**{"feature": features(2, seed=1), "k": 3} | arguments)
     assert "\n" not in str(error.value)
 
 
@@ -151,9 +514,23 @@ def test_enhance_refuses(arguments, message):
     (torch.ones(0, 4), "^features: got an empty memory"), (torch.zeros(2, 4), "^features: got a zero vector"),
     (torch.full((2, 4), float("inf")), "^features: got NaN or infinite"),
     (torch.ones(4), r"^features: got \(4,\), wants"),
-    (np.ones((2, 4)), "^features: got ndarray, wants a tensor")])
+    (np.ones((2, 4)), "^features: got ndarray, wants a tensor"), ([], "^features: got an empty memory"),
+    (iter([]), "^features: got an empty memory"), ([torch.ones(2, 4), torch.ones(4)], r"^features: got \(4,\), wants"),
+    ([torch.ones(2, 4), torch.ones(1, 5)], "^features: got width 5, wants 4"),
+    (iter([torch.ones(2, 4), torch.ones(1, 5)]), "^features: got width 5, wants 4"),
+    ([torch.ones(9, 4), torch.ones(9, 4) / 0], "^features: got NaN or infinite values in row 9")])
 def test_build_refuses(memory, message):
-    with pytest.raises(ValueError, match=message): VisualCache.build(memory)
+    with pytest.raises(ValueError, match=message) as error: VisualCache.build(memory)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_bad_row_among_many_is_named(form, large):
+    for bad, message in ((0.0, "a zero vector"), (float("nan"), "NaN or infinite values")):
+        memory = large.clone()
+        memory[4321] = bad
+        with pytest.raises(ValueError, match=f"^features: got {message} in row 4321, wants"):
+            VisualCache.build(memory.split(1000), form)
 
 
 def test_load_refuses(tmp_path):
