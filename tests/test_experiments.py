@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ibllm import figures
-from ibllm.evaluation import load_results, seed_models, sense_features, wilson
-from ibllm.world import KINDS, SENSORS
+from ibllm.evaluation import caption_accuracy, load_results, seed_models, sense_features, wilson
+from ibllm.world import ATTRIBUTES, CARRIES, KINDS, SENSORS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results"
@@ -25,6 +25,11 @@ def cases(name, key, arrays):
 
 
 DRAW = dict(
+    cache_gains=lambda: figures.draw_gains(load_results("cache_ablation")["headline"]),
+    cache_sweeps=lambda: figures.draw_sweeps(load_results("cache_ablation")["sweeps"]),
+    cache_memories=lambda: figures.draw_memories(load_results("cache_ablation")["memories"]),
+    cache_beyond=lambda: figures.draw_beyond(load_results("cache_ablation")["beyond"]),
+    cache_examples=lambda: figures.draw_cases(*cases("cache_ablation", "examples", "cache_examples")),
     modality_gap=lambda: figures.draw_gap(load_results("modality_gap")),
     emergence=lambda: figures.draw_emergence(load_results("emergence")),
     arithmetic=lambda: figures.draw_arithmetic(load_results("arithmetic")),
@@ -41,6 +46,31 @@ def test_a_committed_figure_is_what_its_results_give(name, tmp_path):
     pixels, committed = (np.asarray(Image.open(f)) for f in (drawn, ROOT / "figures" / f"{name}.png"))
     assert np.array_equal(pixels, committed)
     assert drawn.with_suffix(".pdf").read_bytes() == (ROOT / "figures" / f"{name}.pdf").read_bytes()
+
+
+def test_the_cache_ablation_is_complete():
+    results = load_results("cache_ablation")
+    assert len(results["seeds"]) >= 5 and results["n_seen"] >= 1000
+    for by in results["headline"].values():
+        assert list(by) == list(SENSORS)
+        for sense, cells in by.items():
+            for attribute, cell in cells.items():
+                assert cell["carried"] == (attribute in CARRIES[sense])
+                assert len(cell["mcnemar"]) == len(results["seeds"])
+                assert cell["difference"]["low"] <= cell["difference"]["mean"] <= cell["difference"]["high"]
+                gained = cell["cache"]["mean"] - cell["raw"]["mean"]
+                assert gained == pytest.approx(cell["difference"]["mean"], abs=2e-4), "two ways to the same number"
+
+
+def test_a_part_of_the_ablation_is_found_again():
+    "Depth maps of the test split, shipped model: the accuracies must lie in the intervals of the published ones."
+    models, published = seed_models([0]), load_results("cache_ablation")["headline"]["seen"]["depth"]
+    things, features = sense_features(models[0], "test", senses=("depth",))
+    for row, cache in dict(raw=False, cache=True).items():
+        hits = caption_accuracy(models[0], features["depth"], things, cache)
+        for attribute in ATTRIBUTES:
+            low, high = wilson(published[attribute][row]["seeds"][0], len(things))
+            assert low <= hits[attribute].float().mean() <= high, (row, attribute)
 
 
 def test_a_part_of_emergence_is_found_again():
