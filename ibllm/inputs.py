@@ -47,7 +47,7 @@ def check_fields(config, may_be_zero=()):
         least = int(kind is int and field.name not in may_be_zero)
         if _fits(value, kind) and (kind is not int or value >= least): continue
         wants = {int: f"a whole number from {least} to {LARGEST}", float: "a finite number", bool: "True or False",
-                 str: "text"}.get(kind, getattr(kind, "__name__", kind))
+                 str: "text"}.get(kind, kind if get_args(kind) else kind.__name__)
         raise ValueError(f"{field.name}: got {value!r:.60}, wants {wants}")
 
 # %% ../nbs/01_inputs.ipynb #812580e4
