@@ -184,6 +184,7 @@ def seed_models(seeds: list[int]) -> dict[int, ImageBindLLM]:
         models[seed].cache = shipped.cache
     return models
 
+# %% ../nbs/09_evaluation.ipynb #5e45efea
 def sense_features(model: ImageBindLLM, split: str, seed: int = 0, size: int | None = None,
                    senses: tuple[str, ...] = SENSORS) -> tuple[Things, dict[str, Tensor]]:
     """The things of a `split` and features of what every sense records of them: float32 `[N,D]` for each.
@@ -245,5 +246,5 @@ def load_results(name: str, folder: Path | None = None) -> dict:
     path = _results_path(name, folder)
     if not path.exists(): raise FileNotFoundError(f"results {path.name}: no such file; run the notebook that writes it")
     try: return json.loads(path.read_text())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"results {path.name}: not JSON ({e}); run the notebook that writes it again") from None

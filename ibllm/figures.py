@@ -255,12 +255,11 @@ def draw_gap(results: dict) -> Figure:
         steps, colour = [row["step"] for row in rows], SENSE_COLOURS[name.split()[0]]
         course.plot(steps, [row["centroid"] for row in rows], style, color=colour, lw=1, label=name)
     course.set(xlabel="step of training", ylabel="distance of centres", title="scale of the loss")
-    course.legend(frameon=False, fontsize=6)
     for name, row in results["gains"].items():
         d, x, colour = row["difference"], row["gap"]["pair"], SENSE_COLOURS[name.split()[0]]
         gained.plot([x, x], [d["low"], d["high"]], color=colour, lw=1)
         gained.plot(x, d["mean"], "o" if name in results["gaps"] else "s", ms=4, color=colour)
-    gained.axhline(0, color="k", lw=.7)
+    course.legend(frameon=False, fontsize=6); gained.axhline(0, color="k", lw=.7)
     gained.set(xlabel="cosine of pairs", ylabel="gain of the cache", title="dots: shipped, squares: retrained")
     figure.legend(*moves.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
     return figure
