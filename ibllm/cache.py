@@ -222,7 +222,7 @@ def _read_record(path: Path) -> dict:
     "The JSON object in `path`; {} if there is no such file."
     if not path.exists(): return {}
     try: record = json.loads(path.read_text())
-    except ValueError: record = None
+    except (ValueError, RecursionError): record = None
     if not isinstance(record, dict): raise ValueError(f"path: {path.name!r} is not a record (a JSON object)")
     return record
 

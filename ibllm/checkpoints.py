@@ -51,7 +51,7 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     except Exception as error:  # a damaged file can make a reader fail in any way
         raise ValueError(f"path: {str(path)!r} is no weights file, or needs unsafe unpickling") from error
     if not isinstance(weights, dict) or not all(torch.is_tensor(w) for w in weights.values()):
-        raise ValueError(f"path: {str(path)!r} holds no tensors by name")
+        raise ValueError(f"path: {str(path)!r} holds no tensors by name, wants a file of weights")
     return weights, recorded
 
 # %% ../nbs/07_checkpoints.ipynb #1e43a50c
@@ -260,7 +260,7 @@ def _in_our_order(name: str, x: Tensor, config: LlamaConfig, back: bool = False)
 def _read_params(path: Path) -> dict:
     "Meta's `params.json`, or one line saying that it is none."
     try: params = json.loads(path.read_text())
-    except ValueError: params = None
+    except (ValueError, RecursionError): params = None
     whole = ("dim", "n_layers", "n_heads")
     if not isinstance(params, dict) or not all(isinstance(params.get(key, 1), int) for key in whole):
         raise ValueError(f"params.json: {str(path)!r} is not JSON with whole numbers for {', '.join(whole)}")

@@ -70,7 +70,7 @@ def enable_injection(llm: nn.Module) -> nn.Module:
     Changes the attention function's name and the class: no weight, no hook, no state. Doing it twice is harmless.
     Raises ValueError for a model whose layers have no separate value projection `self_attn.v_proj`."""
     model = base_model(llm)
-    attentions = _attentions(llm)
+    attentions = _attentions(llm) if isinstance(model, PreTrainedModel) else []
     if not attentions or not all(hasattr(attention, "v_proj") for attention in attentions):
         raise ValueError(f"llm: got {type(model).__name__}, wants a decoder whose layers have `self_attn.v_proj`")
     if not isinstance(model, _TakesGatedValues):

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 from transformers.utils import logging as transformers_logging
 
@@ -60,9 +60,8 @@ class PromptTemplate:
     alone: str = ("Below is an instruction that describes a task. "
                   "Write a response that appropriately completes the request.\n\n"
                   "### Instruction:\n{instruction}\n\n### Response:")
-    with_context: str = ("Below is an instruction that describes a task, "
-                         "paired with an input that provides further context. "
-                         "Write a response that appropriately completes the request.\n\n"
+    with_context: str = ("Below is an instruction that describes a task, paired with an input that "
+                         "provides further context. Write a response that appropriately completes the request.\n\n"
                          "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:")
 
     def __post_init__(self):
@@ -461,6 +460,8 @@ def _load_llm(folder: Path, device: str, options: dict) -> nn.Module:
     "The language model in `folder` on `device`, with its LoRA if there is one. Runs no code that came with it."
     path = _part(folder, "llm")
     with quiet(), _loading(f"folder: {str(path)!r}", "a language model"):
+        depth = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().num_hidden_layers
+        if depth > 1000: raise ValueError(f"it claims {depth} layers, wants at most 1000")
         llm = AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False, **options})
         if "device_map" not in options: llm = llm.to(device)
         if (folder / "lora").is_dir():
@@ -479,7 +480,8 @@ def _load_tokenizers(folder: Path) -> list[PreTrainedTokenizerBase | None]:
 # %% ../nbs/06_model.ipynb #5124dc5d
 def _read_config(folder: Path) -> tuple[ModelConfig, str | None]:
     "Configuration and recorded fingerprint in `folder`, or one line saying that this is no saved model."
-    try: values = json.loads((folder / "config.json").open(encoding="utf-8").read(2**20))
+    try:
+        with (folder / "config.json").open(encoding="utf-8") as file: values = json.loads(file.read(2**20))
     except (OSError, ValueError, RecursionError): values = {}
     if not isinstance(values, dict) or values.get("model_type") != "ibllm":
         raise ValueError(f"folder: {str(folder)!r} holds no model, wants a folder written by `save_pretrained`")
@@ -535,4 +537,5 @@ def load(name: str | Path, **options) -> ImageBindLLM:
         with _loading(f"name: {str(name)!r} is no folder here and", "a model of the Hub"):
             folder = snapshot_download(str(name))
         return ImageBindLLM.from_pretrained(folder, **options)
-    raise ValueError(f"name: got {str(name)!r}, wants 'toyland', a folder written by `save_pretrained`, or a Hub id")
+    raise ValueError(f"name: got {str(name)!r:.60}, "
+                     "wants 'toyland', a folder written by `save_pretrained`, or a Hub id")

@@ -559,7 +559,8 @@ def test_depth_formats(tmp_path, kind):
     if kind == "PIL":
         source = millimetres
     elif kind == "npy":
-        np.save(source.open("wb"), metres)
+        with source.open("wb") as file:
+            np.save(file, metres)
     elif kind == "float tiff":
         Image.fromarray(metres.astype(np.float32)).save(source, "tiff")
     else:
@@ -576,8 +577,9 @@ def test_exr(tmp_path, channels, half):
     if not half:
         header["tiles"] = OpenEXR.TileDescription()
     OpenEXR.File(header, pixels).write(str(tmp_path / "d.exr"))
-    for source in (tmp_path / "d.exr", (tmp_path / "d.exr").read_bytes(), (tmp_path / "d.exr").open("rb")):
-        assert torch.equal(load_depth(source, SMALL), load_depth(metres, SMALL))
+    with (tmp_path / "d.exr").open("rb") as file:
+        for source in (tmp_path / "d.exr", (tmp_path / "d.exr").read_bytes(), file):
+            assert torch.equal(load_depth(source, SMALL), load_depth(metres, SMALL))
     assert torch.equal(load_thermal(tmp_path / "d.exr", SMALL), load_thermal(metres, SMALL))
 
 
