@@ -743,7 +743,7 @@ def test_damaged_files_get_one_line(sound_files, data, suffix):
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (2, 5)])
 def test_wild_claims_get_one_line(name, shape):
     for weights in ({name: torch.zeros(shape)}, load_file(WEIGHTS) | {name: torch.zeros(shape)}):
-        with pytest.raises(ValueError, match=r"^(imagebind: wants|config: this is not|\w+: got \d+, wants)") as error:
+        with pytest.raises(ValueError, match=r"^(imagebind: wants|config: this is not|\w+: got \d+)") as error:
             load_imagebind(weights, hints())
         assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
