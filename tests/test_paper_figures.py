@@ -1,0 +1,158 @@
+"The paper's figures: redrawn from their results file they are the committed ones; what is quoted adds up."
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+
+import ibllm
+from ibllm import figures
+from ibllm.evaluation import load_results
+from ibllm.figures import SYSTEM_LOOKS, draw_mme, draw_traditional, save_figure, style, verdict
+from ibllm.training import extract_features, read_recording
+from ibllm.world import draw_things, project_folder, record, split_things
+
+ROOT = project_folder()
+
+
+@pytest.fixture(autouse=True)
+def clean_style():
+    with plt.rc_context():
+        style()
+        yield
+
+
+@pytest.fixture(scope="module")
+def results(): return load_results("paper_figures")
+
+
+@pytest.fixture(scope="module")
+def cast(results):
+    things = draw_things(**results["cast"])
+    return things, record(things, results["cast"]["seed"])
+
+
+@pytest.fixture(scope="module")
+def memory(results):
+    "The pictures in the shipped memory, recorded again."
+    things, seed = split_things(results["memory"]["split"])
+    return record(things[:results["memory"]["size"]], seed, ("image",))["image"]
+
+
+@pytest.fixture(scope="module")
+def tables(): return json.loads((ROOT / "data/quoted/paper_tables.json").read_text())
+
+
+def pixels(path): return np.asarray(Image.open(path))
+
+
+def same_as_committed(figure, name, folder):
+    again = save_figure(figure, name, folder)
+    assert np.array_equal(pixels(again), pixels(ROOT / "figures" / again.name)), f"{name}: run its notebook again"
+
+
+# Redrawn
+
+@pytest.mark.parametrize("name, draw, key", [
+    ("paper_1_two_systems", "draw_two_systems", "systems"), ("paper_2_what_learns", "draw_stages", "stages"),
+    ("paper_5_captions", "draw_captions", "captions"), ("paper_6_instructions", "draw_instructions", "instructions"),
+    ("paper_7_mixtures", "draw_mixtures", "mixtures"), ("paper_13_failures", "draw_failures", "failures")])
+def test_figures_of_the_cast_are_what_the_results_say(name, draw, key, results, cast, tmp_path):
+    same_as_committed(getattr(figures, draw)(results[key], *cast), name, tmp_path)
+
+
+def test_the_bind_network_is_what_the_results_say(results, tmp_path):
+    same_as_committed(figures.draw_bind_network(results["bind"]), "paper_3_bind_network", tmp_path)
+
+
+def test_figures_with_the_memory_are_what_the_results_say(results, cast, memory, tmp_path):
+    found = dict(first=memory[:6], nearest=memory[results["cache"]["ids"]])
+    same_as_committed(figures.draw_cache(results["cache"], *cast, found), "paper_4_visual_cache", tmp_path)
+    nearest = [memory[query["ids"]] for query in results["nearest"]]
+    same_as_committed(figures.draw_nearest(results["nearest"], *cast, nearest), "paper_8_nearest_pictures", tmp_path)
+
+
+def test_quoted_tables_are_drawn_from_their_file(tables, tmp_path):
+    same_as_committed(draw_mme(tables["mme"]), "paper_tables_mme", tmp_path)
+    same_as_committed(draw_traditional(tables["traditional"]), "paper_tables_traditional", tmp_path)
+
+
+def test_the_shipped_model_still_says_what_the_first_figure_shows(results, cast):
+    model, systems = ibllm.load("toyland"), results["systems"]
+    said = {}
+    for sense, recording in cast[1].items():
+        feature = extract_features(model.encoder, sense, read_recording(model.processor, sense, recording))
+        feature = model.enhance(feature[systems["thing"]:systems["thing"] + 1])
+        [said[sense]] = model.answer(feature, systems["question"], do_sample=False)
+    assert said == systems["answers"]
+
+
+def test_shares_are_shares(results):
+    for mixture in results["mixtures"]: assert sum(mixture["shares"].values()) == pytest.approx(1, abs=1e-3)
+    for shares in results["failures"]["mixing"]["shares"].values():
+        assert all(sum(column) == pytest.approx(1, abs=1e-3) for column in zip(*shares.values()))
+    assert sum(results["cache"]["weights"]) == pytest.approx(1, abs=.01)
+
+
+# Marks
+
+BELL = dict(kind="bell", colour="red", size="big", motion="still")
+STAR = dict(kind="star", colour="blue", size="big", motion="sliding")
+
+@pytest.mark.parametrize("word, sources, wanted", [
+    ("bell", [("audio", BELL)], "right"), ("drum", [("audio", BELL)], "wrong"),
+    ("red", [("audio", BELL)], "unknowable"),
+    ("red", [("image", BELL)], "right"), ("still", [("point", BELL)], "unknowable"), ("it", [("point", BELL)], "right"),
+    ("red", [("image", BELL), ("audio", STAR)], "right"), ("blue", [("image", BELL), ("audio", STAR)], "wrong"),
+    ("star", [("image", BELL), ("audio", STAR)], "right"), ("bell", [], "unknowable"), ("ringing", [], "wrong")])
+def test_words_are_marked_by_what_the_senses_carry(word, sources, wanted): assert verdict(word, sources) == wanted
+
+
+@pytest.mark.parametrize("answer, wanted", [
+    ("a red bell", "right right right"), ("a bell bell", "right right wrong"), ("in a tower", "right right right"),
+    ("for drumming", "wrong wrong"), ("the bell is red , big and still", "right " * 7)])
+def test_answers_are_marked_word_by_word_or_as_a_whole(answer, wanted):
+    assert [mark for _, mark in figures._marked(answer, [("image", BELL)])] == wanted.split()
+
+
+# Quoted numbers
+
+def test_mme_tasks_add_up_to_the_totals_that_the_paper_prints(tables):
+    mme = tables["mme"]
+    for part, tasks in (("Perception", mme["perception"]), ("Cognition", mme["cognition"])):
+        sums = [sum(mme["scores"][task][i] for task in tasks) for i in range(len(mme["systems"]))]
+        assert sums == pytest.approx(mme["totals"][part], abs=.011)
+    assert sorted(mme["scores"]) == sorted(mme["perception"] + mme["cognition"]) and len(mme["scores"]) == 14
+
+
+def test_every_quoted_row_has_a_number_per_system_and_every_data_set_one_group(tables):
+    for table in (tables["mme"], tables["traditional"]):
+        assert {len(row) for row in table["scores"].values()} == {len(table["systems"]), len(table["visual_tokens"])}
+        assert set(table["systems"]) <= set(SYSTEM_LOOKS)
+    grouped = sum(tables["traditional"]["groups"].values(), [])
+    assert sorted(grouped) == sorted(tables["traditional"]["scores"]) and len(grouped) == 27
+
+
+def test_quoted_figures_say_so_and_draw_every_number(tables):
+    for figure, table in ((draw_mme(tables["mme"]), tables["mme"]),
+                          (draw_traditional(tables["traditional"]), tables["traditional"])):
+        [legend] = figure.legends
+        assert "quoted" in legend.get_title().get_text()
+        marks = [line for axes in figure.axes for line in axes.lines if len(line.get_xdata()) == 1]
+        drawn = sorted(float(line.get_xdata()[0]) for line in marks)
+        assert drawn == sorted(score for row in table["scores"].values() for score in row)
+
+
+def test_chance_levels_of_mme_are_drawn(tables):
+    for axes in draw_mme(tables["mme"]).axes:
+        assert [line.get_xdata()[0] for line in axes.lines if list(line.get_ydata()) == [0, 1]][-2:] == [50, 75]
+
+
+# The list
+
+def test_every_figure_is_listed_and_everything_listed_exists():
+    lines = (ROOT / "figures/README.md").read_text().splitlines()
+    listed = {line.split("`")[1] for line in lines if line.startswith("| `")}
+    assert listed == {path.stem for path in (ROOT / "figures").glob("*.png")}
+    assert listed == {path.stem for path in (ROOT / "figures").glob("*.pdf")}
