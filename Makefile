@@ -1,5 +1,6 @@
 # make reproduce   run the walkthrough's first five notebooks at full length: trains everything, refreshes data/ and
 #                  figures/, prints the answers (the sixth writes a file of 5 GB; the seventh is for the hand)
+# make experiments run nbs/experiments at full length with the shipped weights: an hour or more
 # make test        every test and every notebook, with shortened training (IBLLM_QUICK=1, set in conftest.py)
 # make check       the quick part of it: the tests without the notebooks
 # make lab         open the walkthrough in JupyterLab
@@ -11,21 +12,31 @@ PYTHON ?= python3
 BIN ?= .venv/bin
 README ?= README.md
 WALKTHROUGH := $(sort $(wildcard nbs/walkthrough/0[1-5]_*.ipynb))
+EXPERIMENTS := $(sort $(wildcard nbs/experiments/*.ipynb))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: reproduce test check lab explore chromium readme
+.PHONY: reproduce experiments test check lab explore chromium readme
 
-reproduce: .venv/.done
-	for notebook in $(WALKTHROUGH); do \
+# Run notebooks at full length, in place.
+define run_notebooks
+	for notebook in $(1); do \
 	  IBLLM_QUICK=0 OMP_NUM_THREADS=2 $(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.timeout=-1 \
 	    --ExecutePreprocessor.store_widget_state=False $$notebook || exit 1; \
 	done
+endef
+
+reproduce: .venv/.done
+	$(call run_notebooks,$(WALKTHROUGH))
 	$(BIN)/nbdev-clean
 	$(BIN)/jupyter nbconvert --to notebook --inplace --execute nbs/index.ipynb
 	$(BIN)/nbdev-clean
 	$(MAKE) readme
 	$(BIN)/python -m json.tool --no-ensure-ascii data/results/answers.json
 	@echo 'The bell above was seen, heard and felt. Next: make lab opens the walkthrough; figures/ and data/results/ hold what it measured.'
+
+experiments: .venv/.done
+	$(call run_notebooks,$(EXPERIMENTS))
+	$(BIN)/nbdev-clean
 
 test: .venv/.done chromium
 	$(BIN)/python -m pytest tests nbs --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \

@@ -9,7 +9,7 @@ __all__ = ['SENSE_COLOURS', 'STYLE', 'COLUMN', 'PAGE', 'PICTURES', 'SPECTROGRAM'
            'draw_gains', 'draw_sweeps', 'draw_memories', 'draw_beyond', 'draw_cases', 'draw_gap', 'draw_emergence',
            'draw_arithmetic', 'draw_joint_map', 'verdict', 'draw_two_systems', 'draw_stages', 'draw_bind_network',
            'draw_cache', 'draw_captions', 'draw_instructions', 'draw_mixtures', 'draw_nearest', 'draw_failures',
-           'draw_mme', 'draw_traditional']
+           'draw_mme', 'draw_traditional', 'draw_gate_starts', 'draw_gate_opening']
 
 # %% ../nbs/10_figures.ipynb #9fa440cc
 import math, textwrap
@@ -847,4 +847,41 @@ def draw_traditional(tables: dict) -> Figure:
                     _mark(axes, score, place, system, [name, system] not in tables["doubtful"])
             axes.set_xlim(left=0); axes.set_title(title, loc="left", fontweight="bold")
     _legend_of_systems(figure, tables["systems"], tables["visual_tokens"])
+    return figure
+
+# %% ../nbs/10_figures.ipynb #7938a428
+def _draw_arms(axes, arms: dict[str, dict]):
+    "A horizontal bar per arm for its `summary`'s mean; a dot per seed."
+    names = list(arms)[::-1]
+    axes.barh(names, [arms[name]["mean"] for name in names], color="#0072B2", height=.6)
+    for place, name in enumerate(names):
+        values = arms[name]["seeds"]
+        axes.plot(values, [place] * len(values), "o", ms=2.5, color="black")
+        axes.annotate(f" {arms[name]['mean']:.3f}", (max(values), place), va="center", fontsize=7)
+    axes.set(xlim=(0, 1.25), xticks=[0, .5, 1])
+    axes.tick_params(axis="y", length=0)
+
+# %% ../nbs/10_figures.ipynb #2fac0c72
+def draw_gate_starts(results: dict) -> Figure:
+    "Ability in words alone before stage 1, after it and after stage 2, and the captions' kind, per start of the gates."
+    figure = Figure(figsize=(PAGE, 1.7), layout="constrained")
+    panels = figure.subplots(1, 4, sharey=True)
+    for axes, when in zip(panels, ("before", "after stage 1", "after stage 2")):
+        _draw_arms(axes, {gates: by[when] for gates, by in results["ability"].items()})
+        axes.set_title(f"words alone, {when}", fontsize=7)
+    _draw_arms(panels[3], {gates: by["after stage 2"] for gates, by in results["kind"].items()})
+    panels[3].set_title("kind in a caption, at the end", fontsize=7)
+    return figure
+
+# %% ../nbs/10_figures.ipynb #02d6c36d
+def draw_gate_opening(results: dict) -> Figure:
+    "Openness |tanh g| along stage 1: a panel per layer, a line per head."
+    opening = torch.tensor(results["opening"]).abs()                                     # [steps, layers, heads]
+    steps = torch.linspace(0, results["steps"]["stage_one"], len(opening))
+    figure = Figure(figsize=(PAGE, 1.7), layout="constrained")
+    for layer, axes in enumerate(figure.subplots(1, opening.shape[1], sharey=True)):
+        axes.plot(steps, opening[:, layer], lw=1)
+        axes.set_title(f"layer {layer}", fontsize=7)
+        axes.set_xlabel("step of stage 1")
+    figure.axes[0].set_ylabel("how far open")
     return figure
