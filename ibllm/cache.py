@@ -436,6 +436,16 @@ def save(self: VisualCache, path: str | Path):
     text = json.dumps(record, indent=1) + "\n"
     write_atomically(_record_path(path), lambda part: part.write_text(text))
 
+# %% ../nbs/05_cache.ipynb #e2dab718
+def _read_index(path: Path, flags: int) -> faiss.Index:
+    "The index in `path`. FAISS believes what a file claims of its parts, so it is told that none is larger than the file."
+    bounded = hasattr(faiss, "set_deserialization_vector_byte_limit")  # old releases of faiss-gpu lack it
+    if not bounded: return faiss.read_index(str(path), flags)
+    usual = faiss.get_deserialization_vector_byte_limit()
+    faiss.set_deserialization_vector_byte_limit(path.stat().st_size)
+    try: return faiss.read_index(str(path), flags)
+    finally: faiss.set_deserialization_vector_byte_limit(usual)
+
 # %% ../nbs/05_cache.ipynb #3d4306d4
 @patch(cls_method=True)
 def load(cls: VisualCache, path: str | Path, mmap: bool = False) -> VisualCache:
@@ -447,7 +457,7 @@ def load(cls: VisualCache, path: str | Path, mmap: bool = False) -> VisualCache:
     record, size = _read_record(_record_path(path)), path.stat().st_size
     if size != record.get("bytes", size):
         raise ValueError(f"path: {str(path)!r} has {size} bytes, its record says {record['bytes']}")
-    try: index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mmap else 0)
+    try: index = _read_index(path, faiss.IO_FLAG_MMAP_IFC if mmap else 0)
     except (RuntimeError, MemoryError) as error:
         raise ValueError(f"path: {str(path)!r} is not a FAISS index") from error
     if not record: return cls(index, path.name)
