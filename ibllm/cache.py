@@ -438,7 +438,7 @@ def save(self: VisualCache, path: str | Path):
 
 # %% ../nbs/05_cache.ipynb #e2dab718
 def _read_index(path: Path, flags: int) -> faiss.Index:
-    "The index in `path`. FAISS believes what a file claims of its parts, so it is told that none is larger than the file."
+    "The index in `path`. FAISS believes what a file claims, so it is told that no part is larger than the file."
     bounded = hasattr(faiss, "set_deserialization_vector_byte_limit")  # old releases of faiss-gpu lack it
     if not bounded: return faiss.read_index(str(path), flags)
     usual = faiss.get_deserialization_vector_byte_limit()
