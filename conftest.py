@@ -62,3 +62,13 @@ def no_network():
     REACHED.clear()
     yield REACHED
     assert not REACHED, f"the test tried to reach {REACHED}"
+
+
+@pytest.fixture
+def clean_style():
+    "The project's style of figures, and no other setting of matplotlib that an earlier test left."
+    import matplotlib.pyplot as plt
+    from ibllm.figures import style
+    with plt.rc_context():
+        style()
+        yield

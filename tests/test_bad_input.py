@@ -9,7 +9,6 @@ import pickle
 import re
 import shutil
 import struct
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -31,18 +30,14 @@ from ibllm.explorer import combine, sample_inputs
 from ibllm.inputs import InputConfig
 from ibllm.model import BindConfig, CacheConfig, ModelConfig, PromptTemplate, mix
 from ibllm.training import Columns, Recipe, fit
+from limits import within
 
-PACKAGE, LINUX = Path(ibllm.__file__).parent, Path("/proc/self/clear_refs").exists()
+PACKAGE = Path(ibllm.__file__).parent
 TOYLAND = Path(__file__).resolve().parents[1] / "data" / "toyland"
 BALL = np.zeros((32, 32, 3), np.uint8)
 REFUSALS = (ValueError, TypeError, OSError, RuntimeError)
 WANTED = re.compile(r"want|expected|give|need|run the notebook|no such file|no file|must|unpack|at most|cannot|is no|"
                     "this model has|known are|holds no|choose|not a |do not fit")
-
-
-def resident(field):
-    "KiB of this process that are in memory now (VmRSS), or were at most since the peak was reset (VmHWM)."
-    return int(re.search(rf"^{field}:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
 
 
 def stored(folder): return {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
@@ -52,12 +47,9 @@ def refusal(call, folder):
     """The error's text that `call` ends with, or None for none; checks what holds for every error of the package.
 
     It is raised by a line of the package, is one line, and comes soon, in little memory, leaving `folder` as it was."""
-    if LINUX:
-        Path("/proc/self/clear_refs").write_text("5")                            # resets the peak
-        before = resident("VmRSS")
-    start, files = time.monotonic(), stored(folder)
+    files = stored(folder)
     try:
-        with warnings.catch_warnings():
+        with within(), warnings.catch_warnings():
             warnings.simplefilter("error")
             call()
     except REFUSALS as error:
@@ -65,10 +57,7 @@ def refusal(call, folder):
         assert PACKAGE in Path(place.filename).parents, f"{place.filename}:{place.lineno} raises {error!r}"
         assert text and "\n" not in text and len(text) < 1000 and WANTED.search(text), text
         return text
-    finally:
-        assert time.monotonic() - start < 10
-        assert not LINUX or resident("VmHWM") - before < 2 * 2**20                                        # KiB
-        assert stored(folder) == files
+    finally: assert stored(folder) == files
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 "The experiments' results files: complete, what the figures show, and found again by a small part of the experiment."
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -40,11 +39,10 @@ DRAW = dict(
 )
 
 
+@pytest.mark.usefixtures("clean_style")
 @pytest.mark.parametrize("name", DRAW)
 def test_a_committed_figure_is_what_its_results_give(name, tmp_path):
-    with plt.rc_context():
-        figures.style()
-        drawn = figures.save_figure(DRAW[name](), name, tmp_path)
+    drawn = figures.save_figure(DRAW[name](), name, tmp_path)
     pixels, committed = (np.asarray(Image.open(f)) for f in (drawn, ROOT / "figures" / f"{name}.png"))
     assert np.array_equal(pixels, committed)
     assert drawn.with_suffix(".pdf").read_bytes() == (ROOT / "figures" / f"{name}.pdf").read_bytes()

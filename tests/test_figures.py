@@ -5,15 +5,10 @@ from matplotlib.colors import to_hex
 
 from ibllm.figures import (
     ROW_COLOURS, SENSE_COLOURS, STYLE, draw_accuracy, draw_arithmetic, draw_beyond, draw_emergence, draw_gains,
-    draw_gates, draw_sweeps, save_figure, show_answers, show_things, style)
+    draw_gates, draw_sweeps, save_figure, show_answers, show_things)
 from ibllm.world import ATTRIBUTES, CARRIES, SENSORS, draw_things, record
 
-
-@pytest.fixture(autouse=True)
-def clean_style():
-    with plt.rc_context():
-        style()
-        yield
+pytestmark = pytest.mark.usefixtures("clean_style")
 
 
 @pytest.fixture(scope="module")

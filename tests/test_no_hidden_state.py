@@ -1,8 +1,6 @@
 "A model answers the same whoever else asks, whatever went wrong before, and however often it was asked."
 import gc
-import re
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ import torch
 
 import ibllm
 from ibllm.world import AUDIO_RATE, draw_things, record
+from limits import LINUX, resident
 
 QUESTION = "describe it ."
 
@@ -118,13 +117,8 @@ def test_a_request_leaves_nothing_behind(model, requests):
     assert threading.active_count() == threads and torch.is_grad_enabled()
 
 
-def resident():
-    "KiB of this process in memory now."
-    return int(re.search(r"^VmRSS:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
-
-
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from Linux")
+@pytest.mark.skipif(not LINUX, reason="reads memory from Linux")
 def test_memory_stays_flat_over_a_thousand_requests(model, requests):
     def some(n):
         for i in range(n): model.generate(*requests[i % 6][:2], max_new_tokens=2, do_sample=False)

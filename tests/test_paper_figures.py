@@ -1,7 +1,6 @@
 "The paper's figures: redrawn from their results file they are the committed ones; what is quoted adds up."
 import json
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,18 +8,13 @@ from PIL import Image
 import ibllm
 from ibllm import figures
 from ibllm.evaluation import load_results
-from ibllm.figures import SYSTEM_LOOKS, draw_mme, draw_traditional, save_figure, style, verdict
+from ibllm.figures import SYSTEM_LOOKS, draw_mme, draw_traditional, save_figure, verdict
 from ibllm.training import extract_features, read_recording
 from ibllm.world import draw_things, project_folder, record, split_things
 
 ROOT = project_folder()
 
-
-@pytest.fixture(autouse=True)
-def clean_style():
-    with plt.rc_context():
-        style()
-        yield
+pytestmark = pytest.mark.usefixtures("clean_style")
 
 
 @pytest.fixture(scope="module")
