@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 from importlib import import_module as _import_module
 
 _MODULES = ("world", "inputs", "encoders", "bind", "llama", "cache", "model", "checkpoints", "training", "evaluation",
-            "figures", "explorer")
+            "figures", "explorer", "paper_figures")
 _HOMES = {"ImageBindLLM": "model", "load": "model"}  # what the package offers at its top, and the module it lives in
 
 

@@ -6,9 +6,10 @@ import pytest
 from PIL import Image
 
 import ibllm
-from ibllm import figures
+from ibllm import paper_figures
 from ibllm.evaluation import load_results
-from ibllm.figures import SYSTEM_LOOKS, draw_mme, draw_traditional, save_figure, verdict
+from ibllm.figures import save_figure
+from ibllm.paper_figures import SYSTEM_LOOKS, draw_mme, draw_traditional, verdict
 from ibllm.training import extract_features, read_recording
 from ibllm.world import draw_things, project_folder, record, split_things
 
@@ -53,18 +54,19 @@ def same_as_committed(figure, name, folder):
     ("paper_5_captions", "draw_captions", "captions"), ("paper_6_instructions", "draw_instructions", "instructions"),
     ("paper_7_mixtures", "draw_mixtures", "mixtures"), ("paper_13_failures", "draw_failures", "failures")])
 def test_figures_of_the_cast_are_what_the_results_say(name, draw, key, results, cast, tmp_path):
-    same_as_committed(getattr(figures, draw)(results[key], *cast), name, tmp_path)
+    same_as_committed(getattr(paper_figures, draw)(results[key], *cast), name, tmp_path)
 
 
 def test_the_bind_network_is_what_the_results_say(results, tmp_path):
-    same_as_committed(figures.draw_bind_network(results["bind"]), "paper_3_bind_network", tmp_path)
+    same_as_committed(paper_figures.draw_bind_network(results["bind"]), "paper_3_bind_network", tmp_path)
 
 
 def test_figures_with_the_memory_are_what_the_results_say(results, cast, memory, tmp_path):
     found = dict(first=memory[:6], nearest=memory[results["cache"]["ids"]])
-    same_as_committed(figures.draw_cache(results["cache"], *cast, found), "paper_4_visual_cache", tmp_path)
+    same_as_committed(paper_figures.draw_cache(results["cache"], *cast, found), "paper_4_visual_cache", tmp_path)
     nearest = [memory[query["ids"]] for query in results["nearest"]]
-    same_as_committed(figures.draw_nearest(results["nearest"], *cast, nearest), "paper_8_nearest_pictures", tmp_path)
+    drawn = paper_figures.draw_nearest(results["nearest"], *cast, nearest)
+    same_as_committed(drawn, "paper_8_nearest_pictures", tmp_path)
 
 
 def test_quoted_tables_are_drawn_from_their_file(tables, tmp_path):
@@ -107,7 +109,7 @@ def test_words_are_marked_by_what_the_senses_carry(word, sources, wanted): asser
     ("a red bell", "right right right"), ("a bell bell", "right right wrong"), ("in a tower", "right right right"),
     ("for drumming", "wrong wrong"), ("the bell is red , big and still", "right " * 7)])
 def test_answers_are_marked_word_by_word_or_as_a_whole(answer, wanted):
-    assert [mark for _, mark in figures._marked(answer, [("image", BELL)])] == wanted.split()
+    assert [mark for _, mark in paper_figures._marked(answer, [("image", BELL)])] == wanted.split()
 
 
 # Quoted numbers

@@ -17,7 +17,8 @@ import ibllm
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-MODULES = "world inputs encoders bind llama cache model checkpoints training evaluation figures explorer".split()
+MODULES = ("world inputs encoders bind llama cache model checkpoints training evaluation figures explorer "
+           "paper_figures").split()
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:work|root|tmp|home/\w+|Users/\w+)/")
 
