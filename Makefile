@@ -1,6 +1,6 @@
 # make reproduce   run the walkthrough's first five notebooks at full length: trains everything, refreshes data/ and
 #                  figures/, prints the answers (the sixth writes a file of 5 GB; the seventh is for the hand)
-# make experiments run nbs/experiments at full length with the shipped weights: an hour or more
+# make experiments run nbs/experiments at full length with the shipped weights, two notebooks at a time: about an hour
 # make test        every test and every notebook, with shortened training (IBLLM_QUICK=1, set in conftest.py)
 # make check       the quick part of it: the tests without the notebooks
 # make lab         open the walkthrough in JupyterLab
@@ -12,21 +12,19 @@ PYTHON ?= python3
 BIN ?= .venv/bin
 README ?= README.md
 WALKTHROUGH := $(sort $(wildcard nbs/walkthrough/0[1-5]_*.ipynb))
-EXPERIMENTS := $(sort $(wildcard nbs/experiments/*.ipynb))
+# The first trains models that most others share; those that train their own go beside it.
+EXPERIMENTS := $(sort $(wildcard nbs/experiments/0[1345]_*.ipynb)) $(wildcard nbs/experiments/12_*.ipynb)
+EXPERIMENTS += $(filter-out $(EXPERIMENTS),$(sort $(wildcard nbs/experiments/*.ipynb)))
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: reproduce experiments test check lab explore chromium readme
 
-# Run notebooks at full length, in place.
-define run_notebooks
-	for notebook in $(1); do \
-	  IBLLM_QUICK=0 OMP_NUM_THREADS=2 $(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.timeout=-1 \
-	    --ExecutePreprocessor.store_widget_state=False $$notebook || exit 1; \
-	done
-endef
+# Runs a notebook in place, however long it takes; IBLLM_QUICK=0 is its full length.
+RUN := $(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.timeout=-1 \
+  --ExecutePreprocessor.store_widget_state=False
 
 reproduce: .venv/.done
-	$(call run_notebooks,$(WALKTHROUGH))
+	for notebook in $(WALKTHROUGH); do IBLLM_QUICK=0 OMP_NUM_THREADS=2 $(RUN) $$notebook || exit 1; done
 	$(BIN)/nbdev-clean
 	$(BIN)/jupyter nbconvert --to notebook --inplace --execute nbs/index.ipynb
 	$(BIN)/nbdev-clean
@@ -35,7 +33,7 @@ reproduce: .venv/.done
 	@echo 'The bell above was seen, heard and felt. Next: make lab opens the walkthrough; figures/ and data/results/ hold what it measured.'
 
 experiments: .venv/.done
-	$(call run_notebooks,$(EXPERIMENTS))
+	printf '%s\n' $(EXPERIMENTS) | IBLLM_QUICK=0 OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(RUN)
 	$(BIN)/nbdev-clean
 
 test: .venv/.done chromium

@@ -7,7 +7,7 @@ __all__ = ['SENSE_COLOURS', 'STYLE', 'COLUMN', 'PAGE', 'PICTURES', 'SPECTROGRAM'
            'save_figure', 'wrap', 'draw_recording', 'show_things', 'show_answers', 'draw_accuracy', 'finish_accuracy',
            'draw_gates', 'draw_gains', 'draw_sweeps', 'draw_memories', 'draw_beyond', 'draw_cases', 'draw_gap',
            'draw_emergence', 'draw_arithmetic', 'draw_joint_map', 'draw_gate_starts', 'draw_gate_opening', 'draw_forms',
-           'draw_parts']
+           'draw_parts', 'draw_towers']
 
 # %% ../nbs/10_figures.ipynb #9fa440cc
 import math, textwrap
@@ -419,4 +419,25 @@ def draw_parts(results: dict) -> Figure:
             axes.tick_params(axis="x", labelbottom=group == list(groups)[-1])
         row[0].set_title(group, fontsize=7, loc="left", fontweight="bold")
     for axes, question in zip(rows[-1], asked): axes.set_xlabel(question, fontsize=7)
+    return figure
+
+# %% ../nbs/10_figures.ipynb #5f0a0008
+def draw_towers(results: dict) -> Figure:
+    "Gain of the cache in naming the kind, with its interval: a row per sense, a mark per set of encoders."
+    figure = Figure(figsize=(PAGE, 2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    looks = dict(shipped=dict(color="#0072B2", marker="o"), other=dict(color="#D55E00", marker="s"))
+    for axes, part, title in zip(panels, ("seen", "unseen"), ("pictured combinations", "never pictured")):
+        for shift, (which, look) in zip((-.13, .13), looks.items()):
+            rows = [row["difference"] for row in results["gains"][which][part].values()]
+            reach = [[d["mean"] - d["low"] for d in rows], [d["high"] - d["mean"] for d in rows]]
+            places = [i + shift for i in range(len(rows))]
+            axes.errorbar([d["mean"] for d in rows], places, xerr=reach, ls="", ms=4, lw=1, label=f"{which} towers",
+                          **look)
+        axes.axvline(0, color="black", lw=.6)
+        axes.set_title(title)
+        axes.set_xlabel("gain in naming the kind")
+    panels[0].set(yticks=range(len(SENSE_COLOURS)), yticklabels=list(results["gains"]["other"]["seen"]))
+    panels[0].invert_yaxis()
+    panels[0].legend(frameon=False)
     return figure

@@ -32,6 +32,9 @@ DRAW = dict(
     modality_gap=lambda: figures.draw_gap(load_results("modality_gap")),
     gate_starts=lambda: figures.draw_gate_starts(load_results("gates")),
     gate_opening=lambda: figures.draw_gate_opening(load_results("gates")),
+    injection_forms=lambda: figures.draw_forms(load_results("injection_forms")),
+    parts_and_stages=lambda: figures.draw_parts(load_results("parts_and_stages")),
+    other_towers=lambda: figures.draw_towers(load_results("other_towers")),
     emergence=lambda: figures.draw_emergence(load_results("emergence")),
     arithmetic=lambda: figures.draw_arithmetic(load_results("arithmetic")),
     arithmetic_cases=lambda: figures.draw_cases(*cases("arithmetic", "cases", "arithmetic_cases")),
@@ -82,6 +85,41 @@ def test_a_part_of_emergence_is_found_again():
     guess = (sounds["audio"] @ F.normalize(means, dim=1).T).argmax(1)
     low, high = wilson(results["naming"][SENSORS.index("audio")][SENSORS.index("point")], len(things))
     assert low <= (guess == things.kind).float().mean() <= high
+
+
+def assert_paired(scores, difference, reference):
+    "Differences to the `reference` arm are those of the means, within their own interval."
+    for arm, by in difference.items():
+        for asked, d in by.items():
+            assert d["low"] <= d["mean"] <= d["high"] and d["p"] <= d["p_holm"] <= 1
+            assert scores[arm][asked]["mean"] - scores[reference][asked]["mean"] == pytest.approx(d["mean"], abs=2e-4)
+
+
+def test_ways_in_are_compared_thing_by_thing():
+    results = load_results("injection_forms")
+    assert len(results["seeds"]) >= 3 and results["n"]["pictured"] >= 1000
+    assert list(results["kind"]) == list(results["losses"]) == list(figures.FORM_LOOKS)
+    assert all(results["rates"][form] == max(tried, key=tried.get) for form, tried in
+               ((form, {float(rate): v for rate, v in by.items()}) for form, by in results["tried"].items()))
+    assert_paired(results["kind"], results["difference"], "attention output")
+
+
+def test_parts_are_compared_thing_by_thing():
+    results = load_results("parts_and_stages")
+    assert len(results["seeds"]) >= 3 and results["n"]["pictured"] >= 1000
+    assert {arm for arms in results["groups"].values() for arm in arms} == set(results["scores"])
+    assert results["scores"]["stage 2 alone"]["kind, pictured"]["mean"] < .2, "blind by construction"
+    assert_paired(results["scores"], results["difference"], "reference")
+
+
+def test_the_other_towers_are_measured_like_the_shipped_ones():
+    results, published = load_results("other_towers"), load_results("cache_ablation")["headline"]
+    assert len(results["seeds"]) >= 3 and results["n"]["seen"] >= 1000
+    for part, by in results["gains"]["shipped"].items():
+        assert by == {sense: cells["kind"] for sense, cells in published[part].items()}
+        assert list(results["gains"]["other"][part]) == list(by)
+        agreement = results["agreement"][part]
+        assert agreement["same"] + agreement["opposite"] <= agreement["senses"] == 8
 
 
 def test_emergence_is_measured_for_all_pairs_of_senses():
