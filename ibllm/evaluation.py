@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from safetensors.torch import load_file, save_file
-
 from .model import ImageBindLLM, load
-from .training import (before_stage_two, build_folder, extract_features, fingerprint, picture_features,
-                            read_recording, train_stages)
-from .world import (ATTRIBUTES, CARRIES, DESCRIPTIONS, SENSORS, Things, project_folder, read_attributes, record,
+from .training import (RECIPES, before_stage_two, build_folder, fingerprint, kept_features, picture_features,
+                            recipe_for, train_stages)
+from .world import (ATTRIBUTES, CARRIES, DESCRIPTIONS, SENSORS, Things, project_folder, read_attributes,
                          split_things, write_atomically)
 
 # %% ../nbs/09_evaluation.ipynb #5d7cb818
@@ -189,19 +187,9 @@ def sense_features(model: ImageBindLLM, split: str, seed: int = 0, size: int | N
                    senses: tuple[str, ...] = SENSORS) -> tuple[Things, dict[str, Tensor]]:
     """The things of a `split` and features of what every sense records of them: float32 `[N,D]` for each.
 
-    Kept in `build_folder()`, in a file named by what they are made from: the things, the first recordings, how these
-    are read, the encoders. `size` as in `split_things`."""
+    Kept, as `kept_features` says. `size` as in `split_things`."""
     things, key = split_things(split, seed, size)
-    parts = dict(record(things[:8], key, senses), key=key, inputs=model.config.inputs, encoder=model.config.encoder)
-    parts |= {name: getattr(things, name) for name in ATTRIBUTES} | model.encoder.state_dict()
-    path = build_folder() / f"features_{fingerprint(parts)}.safetensors"
-    if not path.exists():
-        made = {sense: extract_features(model.encoder, sense, read_recording(model.processor, sense, recording))
-                for sense, recording in record(things, key, senses).items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda part: save_file(made, part))
-    stored = load_file(path)                       # in alphabetical order
-    return things, {sense: stored[sense] for sense in senses}
+    return things, kept_features(model, things, key, senses)
 
 # %% ../nbs/09_evaluation.ipynb #97968864
 def caption_hits(models: dict, features: dict[str, Tensor], things: Things, change=None) -> Tensor:
@@ -227,14 +215,16 @@ RESULTS = Path("data/results")
 def _results_path(name, folder): return (folder or project_folder() / RESULTS) / f"{name}.json"
 
 def save_results(name: str, values: dict, seconds: float, folder: Path | None = None) -> Path:
-    """Write `values` as `NAME.json` with versions, duration and this process's peak memory (MB); returns the path.
+    """Write `values` as `NAME.json` with duration, this process's peak memory (MB), versions and settings; its path.
 
     Raises ValueError for infinity or NaN."""
     path = _results_path(name, folder)
     versions = {package: version(package) for package in ("torch", "transformers", "peft", "faiss-cpu")}
     versions["python"] = platform.python_version()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
-    record = dict(values, seconds=round(seconds, 1), peak_mb=round(peak), versions=versions)
+    settings = dict(threads=torch.get_num_threads(), recipes={part: str(recipe_for(part)) for part in RECIPES},
+                    shipped_weights=fingerprint(load("toyland").state_dict()))
+    record = dict(values, seconds=round(seconds, 1), peak_mb=round(peak), versions=versions, settings=settings)
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda part: part.write_text(text))

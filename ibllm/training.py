@@ -12,10 +12,11 @@ __all__ = ['GATE_LR', 'STATE', 'IGNORE', 'BIASES', 'NORMS', 'TOYLAND_INPUTS', 'T
            'tokenize_pairs', 'NextToken', 'freeze', 'prepare_stage_one', 'prepare_stage_two', 'count_trainable',
            'toyland_imagebind', 'train_tokenizer', 'toyland_text', 'reading_text', 'as_prompts', 'toyland_llm',
            'toyland_model', 'recipe_for', 'extract_features', 'read_recording', 'caption_pairs', 'instruction_pairs',
-           'build_folder', 'before_stage_two', 'previous_model', 'features_key', 'picture_features', 'train_stages']
+           'build_folder', 'before_stage_two', 'previous_model', 'features_key', 'kept_features', 'picture_features',
+           'train_stages']
 
 # %% ../nbs/08_training.ipynb #8f0f1470
-import copy, hashlib, math, os, signal, tempfile, time, warnings, zipfile
+import copy, hashlib, inspect, math, os, signal, tempfile, time, warnings, zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from . import encoders, inputs, world
 from .encoders import (AudioConfig, DepthConfig, ImageBind, ImageBindConfig, IMUConfig, PointConfig, TextConfig,
                             ThermalConfig, VisionConfig)
 from .inputs import InputConfig, Processor
@@ -662,25 +664,30 @@ def previous_model(name: str) -> ImageBindLLM:
     return load(folder) if folder.exists() and not QUICK else before_stage_two(project_folder() / "data" / "toyland")
 
 # %% ../nbs/08_training.ipynb #d356db82
-def features_key(model: ImageBindLLM, things: Things, seed: int) -> str:
-    "What features of pictures are made from, in a digest: things, first pictures, how these are read, the image tower."
-    parts = dict(seed=seed, first=record(things[:8], seed, ("image",))["image"], inputs=model.config.inputs,
-                 tower=model.config.encoder.vision, **{name: getattr(things, name) for name in ATTRIBUTES})
-    return fingerprint(parts | model.encoder.towers["vision"].state_dict())
+def features_key(model: ImageBindLLM, things: Things, seed: int, senses: tuple[str, ...] = ("image",)) -> str:
+    "What features are made from, in a digest: things, first recordings, how these are read, encoders, and the code."
+    parts = dict(record(things[:8], seed, senses), seed=seed, inputs=model.config.inputs, encoder=model.config.encoder,
+                 code=[inspect.getsource(module) for module in (world, inputs, encoders)],
+                 **{name: getattr(things, name) for name in ATTRIBUTES})
+    return fingerprint(parts | model.encoder.state_dict())
 
-def picture_features(model: ImageBindLLM, split: str, size: int | None = None) -> tuple[Things, Tensor]:
-    """The things of a `split` (its first `size`, if given) and the features of their pictures, float32 `[N, D]`.
+def kept_features(model: ImageBindLLM, things: Things, seed: int, senses: tuple[str, ...]) -> dict[str, Tensor]:
+    """Features of what every sense records of `things`: float32 `[N, D]` for each.
 
     Kept in `build_folder()`, in a file named by `features_key`; one that cannot be read is written again."""
+    path = build_folder() / f"features_{features_key(model, things, seed, senses)}.safetensors"
+    try: stored = load_file(path)                   # in alphabetical order
+    except (FileNotFoundError, SafetensorError):
+        stored = {sense: extract_features(model.encoder, sense, read_recording(model.processor, sense, recording))
+                  for sense, recording in record(things, seed, senses).items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda part: save_file(stored, part))
+    return {sense: stored[sense] for sense in senses}
+
+def picture_features(model: ImageBindLLM, split: str, size: int | None = None) -> tuple[Things, Tensor]:
+    "The things of a `split` (its first `size`, if given) and the features of their pictures, kept: float32 `[N, D]`."
     things, seed = split_things(split, size=size)
-    path = build_folder() / f"features_{features_key(model, things, seed)}.safetensors"
-    try: return things, load_file(path)["image"]
-    except (FileNotFoundError, SafetensorError): pass
-    pictures = read_recording(model.processor, "image", record(things, seed, ("image",))["image"])
-    features = extract_features(model.encoder, "image", pictures)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda part: save_file(dict(image=features), part))
-    return things, features
+    return things, kept_features(model, things, seed, ("image",))["image"]
 
 # %% ../nbs/08_training.ipynb #e860237d
 def train_stages(encoder: ImageBind, llm: nn.Module, tokenizer, things: Things, features: Tensor, seed: int,

@@ -31,8 +31,7 @@ from ibllm.training import freeze, prepare_stage_one, prepare_stage_two
 GOLDEN = Path(__file__).parent / "golden"
 ADAPTERS = ["llama_adapter_tiny_finetune", "llama_adapter_tiny_finetune_partial", "llama_adapter_tiny_finetune_legacy",
             "llama_adapter_tiny_pretrain"]
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"),  # PEFT calls a renamed property of transformers
-              pytest.mark.filterwarnings("ignore:adapter. it does not tell:UserWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore:adapter. it does not tell:UserWarning")  # ours
 
 
 def test_fixtures_are_the_recorded_files():

@@ -1,17 +1,19 @@
 "Scores against hand-made features and against SciPy; results files that are whole or not there."
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy import stats
 from torch.nn import functional as F
 
+from ibllm import evaluation
 from ibllm.evaluation import (
     answer_accuracy, caption_accuracy, caption_hits, carried_hits, every_thing, holm, load_results, mcnemar,
     modality_gap, neighbour_vote, paired_difference, project_folder, purity, recall_at, save_results, score_captions,
     seed_models, sense_features, separability, summary, text_prototypes, wilson, zero_shot)
-from ibllm.training import extract_features, read_recording
+from ibllm.training import RECIPES, extract_features, read_recording
 from ibllm.world import ATTRIBUTES, CARRIES, describe, draw_things, read_attributes, record, split_things
 
 
@@ -216,12 +218,19 @@ def test_a_sense_is_judged_by_what_it_carries():
 
 # Results files
 
-def test_results_come_back_with_versions_and_seconds(tmp_path):
+def test_results_come_back_with_versions_settings_and_seconds(tmp_path, monkeypatch):
     path = save_results("one", dict(accuracy=.5), 12.345, tmp_path / "results")
     assert path == tmp_path / "results" / "one.json" and [path] == list(path.parent.iterdir())
     loaded = load_results("one", path.parent)
     assert loaded["accuracy"] == .5 and loaded["seconds"] == 12.3
     assert set(loaded["versions"]) == {"torch", "transformers", "peft", "faiss-cpu", "python"}
+    assert loaded["settings"]["recipes"].keys() == RECIPES.keys() and loaded["settings"]["threads"] >= 1
+    monkeypatch.setitem(RECIPES, "audio", replace(RECIPES["audio"], lr=.5))
+    monkeypatch.setattr(evaluation, "load", lambda name: torch.nn.Linear(1, 1))
+    again = load_results("one", save_results("one", dict(accuracy=.5), 0, tmp_path).parent)
+    assert "lr=0.5" in again["settings"]["recipes"].pop("audio") and loaded["settings"]["recipes"].pop("audio")
+    assert again["settings"].pop("shipped_weights") != loaded["settings"].pop("shipped_weights")
+    assert again["settings"] == loaded["settings"]
 
 
 @pytest.mark.parametrize("values", [dict(a=math.nan), dict(a=torch.ones(1))])

@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parent / "golden"
 RECIPE = json.loads((GOLDEN / "training_tiny/recipe.json").read_text())
 DATA = json.loads((GOLDEN / "dataset_tiny/meta.json").read_text())
 EXPECTED = load_file(GOLDEN / "dataset_tiny/outputs.safetensors")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:adapter. it does not tell:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:adapter. it does not tell:UserWarning")  # ours
 
 
 @pytest.fixture(scope="module")

@@ -169,7 +169,6 @@ def lora(llm, **options):
     return get_peft_model(llm, config)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("enable_first", [True, False])
 def test_lora_does_not_touch_the_injected_values(name, enable_first):
     bare, injection = make(name), open_injection()
@@ -185,7 +184,6 @@ def test_lora_does_not_touch_the_injected_values(name, enable_first):
     assert beams.shape[0] == 3
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_what_learns_and_nothing_else(checkpointing):
     llm, injection, bind = lora(enable_injection(make("qwen2"))), open_injection(), BIND.clone().requires_grad_()
@@ -205,7 +203,6 @@ def test_gradients_reach_what_learns_and_nothing_else(checkpointing):
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, gradients()))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_merged_lora_is_refused():
     llm = lora(make("llama"))
     llm.merge_adapter()

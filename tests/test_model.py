@@ -23,7 +23,6 @@ from ibllm.llama import base_model
 from ibllm.model import BindConfig, CacheConfig, ImageBindLLM, ModelConfig, PromptTemplate, load, mix
 
 GOLDEN = Path(__file__).parent / "golden"
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls a renamed property of transformers
 
 
 def tokenizer():
