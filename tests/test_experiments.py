@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ibllm import figures
-from ibllm.evaluation import caption_accuracy, load_results, seed_models, sense_features, wilson
+from ibllm.evaluation import (
+    caption_accuracy, every_thing, load_results, seed_models, sense_features, text_prototypes, wilson, zero_shot)
+from ibllm.training import extract_features, read_recording
 from ibllm.world import ATTRIBUTES, CARRIES, KINDS, SENSORS
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +41,8 @@ DRAW = dict(
     arithmetic=lambda: figures.draw_arithmetic(load_results("arithmetic")),
     arithmetic_cases=lambda: figures.draw_cases(*cases("arithmetic", "cases", "arithmetic_cases")),
     joint_map=lambda: figures.draw_joint_map(load_results("joint_map"), dict(np.load(RESULTS / "joint_map.npz"))),
+    silence=lambda: figures.draw_silence(load_results("silence")),
+    never_pictured=lambda: figures.draw_never_pictured(load_results("silence")),
 )
 
 
@@ -150,3 +154,43 @@ def test_sums_are_compared_question_by_question():
             assert gained == pytest.approx(part["difference"]["mean"], abs=2e-4)
     for course in results["walks"].values():
         for shares in zip(*course.values()): assert sum(shares) == pytest.approx(1, abs=1e-3)
+
+
+def test_answers_that_should_not_be_given_are_counted_in_full():
+    results = load_results("silence")
+    assert len(results["seeds"]) >= 3 and results["best"] in results["lessons"]
+    for case, by in results["outcomes"].items():
+        for when, rows in by.items():
+            for cells in rows.values():
+                assert sum(s["mean"] for s in cells.values()) == pytest.approx(1, abs=1e-3), "every answer ends one way"
+                assert when != "before" or cells["refused"]["mean"] == 0, "nobody had taught it to refuse"
+                assert case in ("carried", "not carried") or cells["right"]["mean"] == 0, "nothing can be right"
+    for key, d in results["changes"].items():
+        row, case, outcome, *control = key.split(", ")
+        if control: continue
+        gained = (results["outcomes"][case][when][row][outcome]["mean"] for when in ("after", "before"))
+        assert next(gained) - next(gained) == pytest.approx(d["mean"], abs=2e-4)
+    for curve in results["curves"].values():
+        assert curve["coverage"] == sorted(curve["coverage"]) and curve["coverage"][-1] <= 1
+
+
+def test_what_was_never_pictured_is_followed_from_the_feature_to_the_answer():
+    results = load_results("silence")
+    assert list(results["places"])[0] == "search" and list(results["places"])[-1] == "answer"
+    assert {name: by for name, by in results["places"].items() if name in results["probes"]["pictured"]} == \
+        results["probes"]["pictured"]
+    for name, row in results["remedies"].items():
+        for part in ("seen", "unseen"):
+            gained = row[part]["both"]["mean"] - results["places"]["answer"][part]["both"]["mean"]
+            assert gained == pytest.approx(row["difference"][part]["mean"], abs=2e-4), name
+
+
+def test_a_part_of_the_search_for_the_never_pictured_is_found_again():
+    "The kinds of new pictures of never-pictured combinations, searched among sentences by the shipped towers."
+    model, published = seed_models([0])[0], load_results("silence")["never"]["unseen"]["image"]["search"]
+    things, features = sense_features(model, "test_unseen", senses=("image",))
+    prototypes = text_prototypes(lambda texts: extract_features(
+        model.encoder, "text", read_recording(model.processor, "text", texts)))
+    found = zero_shot(features["image"], prototypes, every_thing())
+    low, high = wilson(published["kind"]["mean"], load_results("silence")["n_unseen"])
+    assert low <= (found["kind"] == things.kind).float().mean() <= high
