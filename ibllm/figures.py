@@ -453,9 +453,9 @@ FORM_LOOKS = {  # colour, line style
     "attention to 10 tokens": ("#009E73", "-"), "token before the words": ("#000000", "-")}
 
 def draw_forms(results: dict) -> Figure:
-    "Ways in: mean loss along stage 1, and how often a caption names the kind, a bar per form, a dot per seed."
+    "Ways in: mean loss along stage 1, and what captions name rightly, a bar per form, a dot per seed."
     figure = Figure(figsize=(PAGE, 2.8), layout="constrained")
-    loss, *panels = figure.subplots(1, 1 + len(next(iter(results["kind"].values()))), width_ratios=[1.6, 1, 1, 1])
+    loss, *panels = figure.subplots(1, 5, width_ratios=[1.6, 1, 1, 1, 1])
     for name, losses in results["losses"].items():
         colour, style = FORM_LOOKS[name]
         smooth = torch.tensor(losses).unfold(0, len(losses) // 12, 1).mean(1)
@@ -464,9 +464,9 @@ def draw_forms(results: dict) -> Figure:
     size, slower = results["parameters"], results["slower"]
     names = {name: f"{name}\n{size[name]:,} numbers, {slower[name]:.2f} ×" for name in FORM_LOOKS}
     colours = [colour for colour, _ in FORM_LOOKS.values()]
-    for axes, asked in zip(panels, results["kind"]["word tokens"]):
-        _draw_arms(axes, {names[name]: results["kind"][name][asked] for name in names}, colours)
-        axes.set_title(f"kind, {asked}", fontsize=7)
+    for axes, asked in zip(panels, results["scores"]["word tokens"]):
+        _draw_arms(axes, {names[name]: results["scores"][name][asked] for name in names}, colours)
+        axes.set_title(asked, fontsize=7)
         axes.tick_params(axis="y", labelsize=6, labelleft=axes is panels[0])
     return figure
 

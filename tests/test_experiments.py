@@ -102,10 +102,10 @@ def assert_paired(scores, difference, reference):
 def test_ways_in_are_compared_thing_by_thing():
     results = load_results("injection_forms")
     assert len(results["seeds"]) >= 3 and results["n"]["pictured"] >= 1000
-    assert list(results["kind"]) == list(results["losses"]) == list(figures.FORM_LOOKS)
+    assert list(results["scores"]) == list(results["losses"]) == list(figures.FORM_LOOKS)
     assert all(results["rates"][form] == max(tried, key=tried.get) for form, tried in
                ((form, {float(rate): v for rate, v in by.items()}) for form, by in results["tried"].items()))
-    assert_paired(results["kind"], results["difference"], "attention output")
+    assert_paired(results["scores"], results["difference"], "attention output")
 
 
 def test_parts_are_compared_thing_by_thing():
