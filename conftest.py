@@ -18,7 +18,7 @@ def results():
 
 
 def pytest_sessionstart(session):
-    if session.config.option.nbval_lax: session.config.results_before = results()
+    if getattr(session.config.option, "nbval_lax", False): session.config.results_before = results()
 
 
 def pytest_sessionfinish(session):
