@@ -3,6 +3,7 @@
 # make experiments run nbs/experiments at full length with the shipped weights: an hour or more
 # make test        every test and every notebook, with shortened training (IBLLM_QUICK=1, set in conftest.py)
 # make check       the quick part of it: the tests without the notebooks
+# make test-oldest the same with the oldest releases that settings.ini admits, in .venv-oldest; Python 3.10
 # make lab         open the walkthrough in JupyterLab
 # make explore     open the explorer as a page of its own, without a notebook around it
 # make readme      write README.md from nbs/index.ipynb
@@ -15,7 +16,7 @@ WALKTHROUGH := $(sort $(wildcard nbs/walkthrough/0[1-5]_*.ipynb))
 EXPERIMENTS := $(sort $(wildcard nbs/experiments/*.ipynb))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: reproduce experiments test check lab explore chromium readme
+.PHONY: reproduce experiments test check test-oldest lab explore chromium readme
 
 # Run notebooks at full length, in place.
 define run_notebooks
@@ -44,6 +45,13 @@ test: .venv/.done chromium
 
 check: .venv/.done
 	$(BIN)/python -m pytest
+
+# What old releases of others warn of is no concern of ours.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e . pytest pytest-timeout hypothesis openexr
+	.venv-oldest/bin/python -m pip install -q -c constraints.txt --no-deps open-clip-torch
+	.venv-oldest/bin/python -m pytest tests -W default
 
 lab: .venv/.done
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(firstword $(WALKTHROUGH))
