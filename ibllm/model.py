@@ -288,6 +288,9 @@ def _request(self: ImageBindLLM, features: Tensor | None, prompts, options: dict
     "Arguments of the language model's `generate` for features [B, D] and prompts, both repeated to one length."
     if taken := sorted({"input_ids", "inputs", "attention_mask", "gated_values"} & options.keys()):
         raise ValueError(f"options: got {taken}, which are made from inputs and prompts; wants others of `generate`")
+    for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
+        if (n := options.get(name)) is not None and (type(n) is not int or n < 1):
+            raise ValueError(f"{name}: got {n!r:.60}, wants a whole number of at least 1")
     prompts = prompts if isinstance(prompts, list) else [prompts]
     values = None if features is None else self.gated_values(features, scale)
     if values is not None:
@@ -298,10 +301,7 @@ def _request(self: ImageBindLLM, features: Tensor | None, prompts, options: dict
     batch = self.tokenize(prompts)
     room = self.llm.config.get_text_config().max_position_embeddings - batch["input_ids"].shape[1]
     if not {"max_length", "generation_config"} & options.keys():
-        wanted = options.get("max_new_tokens", self.llm.generation_config.max_new_tokens)
-        wanted = 256 if wanted is None else wanted
-        if type(wanted) is not int or wanted < 1:
-            raise ValueError(f"max_new_tokens: got {wanted!r:.60}, wants a whole number of at least 1")
+        wanted = options.get("max_new_tokens") or self.llm.generation_config.max_new_tokens or 256
         options = options | {"max_new_tokens": min(wanted, room)}
     return {**batch, "gated_values": values, **options}
 
@@ -310,8 +310,7 @@ def _request(self: ImageBindLLM, features: Tensor | None, prompts, options: dict
 def _using(options: dict):
     "Turn what transformers raises about `options` of its `generate` into one line that names them."
     try: yield
-    except torch.OutOfMemoryError: raise
-    except (AttributeError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         if not options: raise
         got, reason = (" ".join(str(text).split())[:200] for text in (options, error))
         raise ValueError(f"options: got {got}, wants what `generate` of transformers takes ({reason})") from error

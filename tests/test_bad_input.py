@@ -93,8 +93,9 @@ REQUESTS += [("modality 'smell'", ({"smell": BALL}, ASK)), ("modality 5", ({5: B
              ("features: ", ({"image": [BALL, BALL], "depth": [BALL[..., 0] + 1.0] * 3}, ASK)),
              ("no such file", ({"audio": "no such file.wav"}, ASK))]
 OPTIONS = [("max_new_tokens: ", dict(max_new_tokens=n)) for n in (0, -1, 1.5, "a", True)]
+OPTIONS += [(f"{name}: ", {name: n}) for name in ("num_beams", "num_return_sequences") for n in (0, -1, 1.5, "a")]
 OPTIONS += [("options: got ", given) for given in (
-    dict(flavour=5), dict(num_beams=-1), dict(num_beams=0), dict(num_return_sequences=3, do_sample=False),
+    dict(flavour=5), dict(num_return_sequences=3, do_sample=False),
     dict(do_sample=True, temperature=0.0), dict(do_sample=True, top_k=-1), dict(generation_config=5), dict(streamer=5),
     dict(eos_token_id="x"), dict(input_ids=None), dict(attention_mask=None), dict(gated_values=None))]
 
