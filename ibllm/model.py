@@ -401,12 +401,14 @@ def _save_llm(llm: nn.Module, folder: Path):
     base_model(llm).save_pretrained(folder / "llm", state_dict=_bare_weights(llm))
     if llm is base_model(llm): return
     llm.save_pretrained(folder / "lora", save_embedding_layers=False)
-    (folder / "lora" / "README.md").unlink()  # like the next entry, it names the folder the language model came from
+    (folder / "lora" / "README.md").unlink()  # like an entry below, it names the folder the language model came from
     adapter = folder / "lora" / "adapter_config.json"
     settings = json.loads(adapter.read_text())
     for name in ("target_modules", "exclude_modules"):                                          # sets, in no order
         if isinstance(settings[name], list): settings[name].sort()
-    adapter.write_text(json.dumps(settings | {"base_model_name_or_path": None}, indent=2))
+    settings["base_model_name_or_path"] = None
+    used = {name: value for name, value in settings.items() if value is not None}      # older PEFT knows fewer settings
+    adapter.write_text(json.dumps(used, indent=2))
 
 # %% ../nbs/06_model.ipynb #1b01a627
 def base_fingerprint(llm: nn.Module) -> str | None:
