@@ -3,6 +3,7 @@
 # make experiments run nbs/experiments at full length with the shipped weights, two notebooks at a time: about an hour
 # make test        every test and every notebook, with shortened training (IBLLM_QUICK=1, set in conftest.py)
 # make check       the quick part of it: the tests without the notebooks
+# make test-oldest the same with the oldest releases that settings.ini admits, in .venv-oldest; Python 3.10
 # make lab         open the walkthrough in JupyterLab
 # make explore     open the explorer as a page of its own, without a notebook around it
 # make readme      write README.md from nbs/index.ipynb
@@ -17,7 +18,7 @@ EXPERIMENTS := $(sort $(wildcard nbs/experiments/0[1345]_*.ipynb)) $(wildcard nb
 EXPERIMENTS += $(filter-out $(EXPERIMENTS),$(sort $(wildcard nbs/experiments/*.ipynb)))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: reproduce experiments test check lab explore chromium readme
+.PHONY: reproduce experiments test check test-oldest lab explore chromium readme
 
 # Runs a notebook in place, however long it takes; IBLLM_QUICK=0 is its full length.
 RUN := $(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.timeout=-1 \
@@ -42,6 +43,13 @@ test: .venv/.done chromium
 
 check: .venv/.done
 	$(BIN)/python -m pytest
+
+# What old releases of others warn of is no concern of ours; the tools that two of the files test are of one release only.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e . pytest pytest-timeout hypothesis openexr
+	.venv-oldest/bin/python -m pip install -q -c constraints.txt --no-deps open-clip-torch
+	.venv-oldest/bin/python -m pytest tests -W default --ignore tests/test_repository.py --ignore tests/test_browser.py
 
 lab: .venv/.done
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(firstword $(WALKTHROUGH))

@@ -22,14 +22,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase
 
 from .bind import BindNetwork
 from .cache import VisualCache
 from .encoders import TOWER_CONFIGS, ImageBind, ImageBindConfig, TowerConfig
 from .llama import GatedInjection, base_model
-from .model import BindConfig, ImageBindLLM, ModelConfig, base_fingerprint, check_base
+from .model import BindConfig, ImageBindLLM, ModelConfig, base_fingerprint, check_base, loading, read_llm
+from .world import make_folder
 
 # %% ../nbs/07_checkpoints.ipynb #5df78cab
 def _open_weights(path: Path) -> tuple[dict, dict]:
@@ -45,6 +46,7 @@ def _open_weights(path: Path) -> tuple[dict, dict]:
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     "As `read_weights`; and what is recorded beside the tensors."
+    if not isinstance(path, (str, Path)): raise TypeError(f"path: got {type(path).__name__}, wants the path of a file")
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"path: no file {str(path)!r}")
     try: weights, recorded = _open_weights(path)
@@ -66,9 +68,14 @@ def write_weights(weights: dict[str, Tensor], path: str | Path, **recorded: str)
     """Write `weights` as `.safetensors` or `.pth`; replaces a file.
 
     What is `recorded` goes into the metadata, or beside `"model"`, under which released adapters keep their tensors."""
+    if not isinstance(weights, dict) or not all(torch.is_tensor(w) for w in weights.values()):
+        raise TypeError(f"weights: got {type(weights).__name__}, wants a dict of tensors by name")
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
+    if len({w.data_ptr() for w in weights.values()}) < len(weights):      # safetensors refuses what shares memory
+        weights = {name: w.clone() for name, w in weights.items()}
+    make_folder(path.parent, "path")
     try:
         if path.suffix == ".safetensors": save_file(weights, temporary, metadata={"format": "pt", **recorded})
         else: torch.save({"model": weights, **recorded} if recorded else weights, temporary)
@@ -215,6 +222,8 @@ def load_imagebind(source: str | Path | dict, config: ImageBindConfig | None = N
     Sizes are read off the tensors. The rest (towers, heads, strides, …) is `config`'s; by default ImageBind-Huge's,
     with a point tower if the file has one. ValueError for tensors that are missing, unexpected or misshapen, and for a
     file of another model without `config`."""
+    if not isinstance(config, (ImageBindConfig, type(None))):
+        raise TypeError(f"config: got {type(config).__name__}, wants an ImageBindConfig")
     weights = source if isinstance(source, dict) else read_weights(source)
     names = translate(weights, IMAGEBIND)
     ours = {names.get(name, name): w for name, w in weights.items()}
@@ -287,15 +296,24 @@ def _meta_config(params: dict, weights: dict[str, Tensor], context: int) -> Llam
         num_key_value_heads=params.get("n_kv_heads") or params["n_heads"], rms_norm_eps=params["norm_eps"],
         max_position_embeddings=context, rope_theta=params.get("rope_theta", 10000.0))
 
+# %% ../nbs/07_checkpoints.ipynb #e8d1f6b4
+def _check_source(source: str | Path) -> Path:
+    "`source` as a path. Raises FileNotFoundError for what is neither a folder nor could be a Hub id."
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"source: got {type(source).__name__}, wants a folder or a Hub id")
+    if os.path.isdir(source) or re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)): return Path(source)
+    raise FileNotFoundError(f"source: no folder {str(source)!r:.200}, wants Meta's, one in Hugging Face's layout, or a "
+                            "Hub id such as 'someone/llama'")
+
 # %% ../nbs/07_checkpoints.ipynb #30bf4773
 def load_llama(source: str | Path, dtype: torch.dtype | None = None, context: int = 512) -> nn.Module:
     """The LLaMA in `source`: Meta's folder (`params.json`, `consolidated.00.pth`), a Hugging Face folder, or a Hub id.
 
     `dtype` None keeps the file's. `context` counts tokens of prompt and answer, for Meta's layout, which does not say.
-    Raises ValueError for a folder in neither layout, unknown parameters, or tensors that do not fit."""
-    folder = Path(source)
+    Raises FileNotFoundError for no folder, ValueError for another layout, unknown parameters, misfits."""
+    folder = _check_source(source)
     if not (folder / "params.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(source, **({"dtype": dtype} if dtype else {})).eval()
+        return read_llm(source, f"source: {str(source)!r:.200}", **({"dtype": dtype} if dtype else {})).eval()
     files = sorted(folder.glob("consolidated.*"))
     if len(files) != 1:
         raise ValueError(f"source: got {len(files)} consolidated files in {str(source)!r}, wants one, as of 7B")
@@ -317,12 +335,14 @@ def llama_weights(llm: LlamaForCausalLM) -> dict[str, Tensor]:
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """LLaMA's tokenizer: for Meta's folder its `tokenizer.model`, there or one folder up; otherwise Hugging Face's.
 
-    Raises FileNotFoundError if Meta's folder has none."""
-    folder = Path(source)
-    if not (folder / "params.json").is_file(): return AutoTokenizer.from_pretrained(source)
+    Raises FileNotFoundError for no folder or if Meta's has none, ValueError for one that is damaged."""
+    folder, what = _check_source(source), f"source: {str(source)!r:.200}"
+    if not (folder / "params.json").is_file():
+        with loading(what, "a tokenizer"): return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     found = [place for place in (folder, folder.parent) if (place / "tokenizer.model").is_file()]
     if not found: raise FileNotFoundError(f"llama: no tokenizer.model in {str(source)!r} or above; put Meta's there")
-    return LlamaTokenizer.from_pretrained(found[0], legacy=True, add_bos_token=True)  # legacy: SentencePiece's own way
+    with loading(what, "a tokenizer"):                # legacy: SentencePiece's own way
+        return LlamaTokenizer.from_pretrained(found[0], legacy=True, add_bos_token=True)
 
 # %% ../nbs/07_checkpoints.ipynb #a41e3b29
 BIND = [("image_bind_proj.*", "project.*")] + [
@@ -540,8 +560,9 @@ def export_official(model: ImageBindLLM, folder: str | Path, suffix: str = ".pth
     `load_official`. `suffix` is `.pth` or `.safetensors`.
 
     Raises ValueError for a model that the released layout cannot hold."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"suffix: got {suffix!r:.60}, wants '.pth' or '.safetensors'")
+    folder = make_folder(folder)
     name = "imagebind_w3D" if "point" in model.encoder.towers else "imagebind_huge"
     paths = {"imagebind": folder / f"{name}{suffix}", "adapter": folder / f"adapter{suffix}"}
     adapter = adapter_weights(model.llm, model.bind, model.injection)

@@ -20,14 +20,15 @@ from torch import Tensor
 from .model import ImageBindLLM, load
 from .training import (RECIPES, before_stage_two, build_folder, fingerprint, kept_features, picture_features,
                             recipe_for, train_stages)
-from .world import (ATTRIBUTES, CARRIES, DESCRIPTIONS, SENSORS, Things, project_folder, read_attributes,
-                         split_things, write_atomically)
+from .world import (ATTRIBUTES, CARRIES, DESCRIPTIONS, SENSORS, Things, check_name, make_folder, project_folder,
+                         read_attributes, split_things, write_atomically)
 
 # %% ../nbs/09_evaluation.ipynb #5d7cb818
 def score_captions(captions: list[str], things: Things) -> dict[str, Tensor]:
     "Which captions name the attribute rightly: bool `[N]` for each. Raises ValueError if the lengths differ."
     if len(captions) != len(things):
         raise ValueError(f"captions: got {len(captions)}, wants {len(things)}, one per thing")
+    if not all(isinstance(c, str) for c in captions): raise ValueError("captions: got one that is no text, wants texts")
     read = [read_attributes(c) for c in captions]
     return {a: torch.tensor([r[a] for r in read]) == getattr(things, a) for a in ATTRIBUTES}
 
@@ -61,7 +62,8 @@ def wilson(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def summary(values: list[float]) -> dict:
     "`{mean, spread, seeds}`: mean and sample standard deviation of the values that the seeds gave, and the values."
-    if not values: raise ValueError("values: got none, wants one per seed")
+    if not values or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+        raise ValueError(f"values: got {values or 'none'}, wants a finite number per seed")
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return dict(mean=round(statistics.fmean(values), 4), spread=round(spread, 4), seeds=[round(v, 4) for v in values])
 
@@ -104,6 +106,7 @@ def neighbour_vote(features: Tensor, memory: Tensor, labels: Tensor, k: int = 10
 
     `labels`: int64 `[M]`; of labels equally frequent the lowest wins. Raises ValueError for a `k` not within 1…M."""
     if not 1 <= k <= len(memory): raise ValueError(f"k: got {k}, wants 1 to {len(memory)}, the size of the memory")
+    if len(labels) != len(memory): raise ValueError(f"labels: got {len(labels)}, wants {len(memory)}, one per row")
     nearest = (features @ memory.T).topk(k).indices
     return F.one_hot(labels[nearest]).sum(1).argmax(1)
 
@@ -111,6 +114,8 @@ def zero_shot(features: Tensor, text_features: Tensor, things: Things) -> dict[s
     """For features `[N,D]`, the attributes of the most similar text: int64 `[N]` for each attribute.
 
     `text_features [M,D]` are those of texts about `things`, M of them."""
+    if len(text_features) != len(things):
+        raise ValueError(f"text_features: got {len(text_features)}, wants {len(things)}, one per thing")
     best = (features @ text_features.T).argmax(1)
     return {a: getattr(things, a)[best] for a in ATTRIBUTES}
 
@@ -129,7 +134,7 @@ def text_prototypes(embed_text) -> Tensor:
 # %% ../nbs/09_evaluation.ipynb #ec1b480b
 def _cosines(a, b):
     "All similarities `[N,N]` and those of matching rows `[N]`."
-    if a.shape != b.shape or len(a) < 2:
+    if a.shape != b.shape or a.ndim != 2 or len(a) < 2:
         raise ValueError(f"b: got {list(b.shape)} for {list(a.shape)}, wants two or more rows that match those of `a`")
     cosines = a @ b.T
     return cosines, cosines.diagonal()
@@ -212,12 +217,14 @@ def carried_hits(hits: Tensor, senses: list[str], chosen: tuple[str, ...] | None
 # %% ../nbs/09_evaluation.ipynb #d7550d6d
 RESULTS = Path("data/results")
 
-def _results_path(name, folder): return (folder or project_folder() / RESULTS) / f"{name}.json"
+def _results_path(name, folder):
+    check_name(name)
+    return Path(folder or project_folder() / RESULTS) / f"{name}.json"
 
 def save_results(name: str, values: dict, seconds: float, folder: Path | None = None) -> Path:
     """Write `values` as `NAME.json` with duration, this process's peak memory (MB), versions and settings; its path.
 
-    Raises ValueError for infinity or NaN."""
+    Raises ValueError for what JSON cannot hold, as infinity or NaN, and for a name that leads to another folder."""
     path = _results_path(name, folder)
     versions = {package: version(package) for package in ("torch", "transformers", "peft", "faiss-cpu")}
     versions["python"] = platform.python_version()
@@ -225,16 +232,20 @@ def save_results(name: str, values: dict, seconds: float, folder: Path | None = 
     settings = dict(threads=torch.get_num_threads(), recipes={part: str(recipe_for(part)) for part in RECIPES},
                     shipped_weights=fingerprint(load("toyland").state_dict()))
     record = dict(values, seconds=round(seconds, 1), peak_mb=round(peak), versions=versions, settings=settings)
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda part: part.write_text(text))
+    try: text = json.dumps(record, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as e: raise ValueError(f"values: wants what JSON can hold ({e})") from None
+    make_folder(path.parent)
+    write_atomically(path, lambda part: part.write_text(text + "\n"))
     return path
 
 # %% ../nbs/09_evaluation.ipynb #09c9efb6
 def load_results(name: str, folder: Path | None = None) -> dict:
-    "What `save_results` wrote. Raises FileNotFoundError or, for a file that is not JSON, ValueError."
+    "What `save_results` wrote. Raises FileNotFoundError or, for a file that is no JSON object, ValueError."
     path = _results_path(name, folder)
-    if not path.exists(): raise FileNotFoundError(f"results {path.name}: no such file; run the notebook that writes it")
-    try: return json.loads(path.read_text())
+    if not path.is_file():
+        raise FileNotFoundError(f"results {path.name}: no such file; run the notebook that writes it")
+    try: found = json.loads(path.read_text(), parse_constant=int)  # which refuses NaN
     except (ValueError, RecursionError) as e:
         raise ValueError(f"results {path.name}: not JSON ({e}); run the notebook that writes it again") from None
+    if isinstance(found, dict): return found
+    raise ValueError(f"results {path.name}: holds a {type(found).__name__}, wants an object; run the notebook again")

@@ -14,15 +14,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from string import Formatter
 from threading import Event, Thread
-
 import numpy as np
 import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers import StoppingCriteriaList, TextIteratorStreamer
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase,
+                          StoppingCriteriaList, TextIteratorStreamer)
 from transformers.utils import logging as transformers_logging
 
 import ibllm
@@ -31,6 +30,7 @@ from .cache import VisualCache
 from .encoders import ImageBind, ImageBindConfig
 from .inputs import InputConfig, Processor, check_fields
 from .llama import GatedInjection, base_model, enable_injection
+from .world import make_folder
 
 # %% ../nbs/06_model.ipynb #d09e6a3b
 def mix(features: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -42,6 +42,8 @@ def mix(features: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         raise ValueError(f"weights: got {len(weights)}, wants {len(features)}, one per feature")
     if not all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights) or not sum(weights):
         raise ValueError(f"weights: got {list(weights)}, wants numbers of at least 0, not all of them 0")
+    if not all(torch.is_tensor(f) and f.is_floating_point() for f in features):
+        raise ValueError("features: got one that is no float tensor, wants tensors [B, D]")
     shapes = [tuple(f.shape) for f in features]
     if len(set(shapes)) > 1: raise ValueError(f"features: got shapes {shapes}, wants equal ones")
     total = sum(weights) + 1e-6
@@ -266,6 +268,7 @@ def tokenize(self: ImageBindLLM, prompts: list) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, int64 [B, T], of prompts in the model's template, padded on the left.
 
     A prompt is an instruction or a pair (instruction, context). Raises ValueError if one fills the whole context."""
+    if not isinstance(prompts, list): raise TypeError(f"prompts: got {type(prompts).__name__}, wants a list")
     if not prompts: raise ValueError("prompts: got an empty list, wants at least one prompt")
     template, start = self.config.template, self.tokenizer.bos_token_id
     if any(isinstance(prompt, tuple) and len(prompt) != 2 for prompt in prompts):
@@ -283,6 +286,11 @@ def tokenize(self: ImageBindLLM, prompts: list) -> dict[str, Tensor]:
 @patch
 def _request(self: ImageBindLLM, features: Tensor | None, prompts, options: dict, scale: float = 1.0) -> dict:
     "Arguments of the language model's `generate` for features [B, D] and prompts, both repeated to one length."
+    if taken := sorted({"input_ids", "inputs", "attention_mask", "gated_values"} & options.keys()):
+        raise ValueError(f"options: got {taken}, which are made from inputs and prompts; wants others of `generate`")
+    for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
+        if (n := options.get(name)) is not None and (type(n) is not int or n < 1):
+            raise ValueError(f"{name}: got {n!r:.60}, wants a whole number of at least 1")
     prompts = prompts if isinstance(prompts, list) else [prompts]
     values = None if features is None else self.gated_values(features, scale)
     if values is not None:
@@ -293,12 +301,19 @@ def _request(self: ImageBindLLM, features: Tensor | None, prompts, options: dict
     batch = self.tokenize(prompts)
     room = self.llm.config.get_text_config().max_position_embeddings - batch["input_ids"].shape[1]
     if not {"max_length", "generation_config"} & options.keys():
-        wanted = options.get("max_new_tokens", self.llm.generation_config.max_new_tokens)
-        wanted = 256 if wanted is None else wanted
-        if type(wanted) is not int or wanted < 1:
-            raise ValueError(f"max_new_tokens: got {wanted!r:.60}, wants a whole number of at least 1")
+        wanted = options.get("max_new_tokens") or self.llm.generation_config.max_new_tokens or 256
         options = options | {"max_new_tokens": min(wanted, room)}
     return {**batch, "gated_values": values, **options}
+
+# %% ../nbs/06_model.ipynb #b7c41f20
+@contextmanager
+def _using(options: dict):
+    "Turn what transformers raises about `options` of its `generate` into one line that names them."
+    try: yield
+    except (AttributeError, TypeError, ValueError) as error:
+        if not options: raise
+        got, reason = (" ".join(str(text).split())[:200] for text in (options, error))
+        raise ValueError(f"options: got {got}, wants what `generate` of transformers takes ({reason})") from error
 
 # %% ../nbs/06_model.ipynb #024d1801
 @patch
@@ -309,7 +324,7 @@ def answer(self: ImageBindLLM, features: Tensor | None, prompts, scale: float = 
     `scale` as in `gated_values`. With `num_return_sequences=n` the n texts of a prompt follow each other. Raises
     ValueError as `tokenize` does, or if there are several features and another number of prompts."""
     request = self._request(features, prompts, options, scale)
-    output = base_model(self.llm).generate(**request)
+    with _using(options): output = base_model(self.llm).generate(**request)
     sequences = getattr(output, "sequences", output)[:, request["input_ids"].shape[1]:]
     return [text.strip() for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
 
@@ -325,7 +340,7 @@ def generate(self: ImageBindLLM, inputs: dict | None, prompts, cache: dict | boo
     return self.answer(self.prepare(inputs, cache), prompts, scale, **options)
 
 # %% ../nbs/06_model.ipynb #fc015b91
-def _pieces(llm: nn.Module, streamer: TextIteratorStreamer, request: dict) -> Iterator[str]:
+def _pieces(llm: nn.Module, streamer: TextIteratorStreamer, request: dict, options: dict) -> Iterator[str]:
     "Run `llm.generate(**request)` in a thread and yield what arrives at `streamer`."
     abandoned, errors = Event(), []
     def stop(ids, scores, **_): return torch.full(ids.shape[:1], abandoned.is_set(), device=ids.device)
@@ -343,7 +358,8 @@ def _pieces(llm: nn.Module, streamer: TextIteratorStreamer, request: dict) -> It
     finally:
         abandoned.set()
         thread.join()
-    if errors: raise errors[0]
+    with _using(options):
+        if errors: raise errors[0]
 
 # %% ../nbs/06_model.ipynb #fe0f896c
 @patch
@@ -355,7 +371,7 @@ def stream(self: ImageBindLLM, inputs: dict | None, prompt, cache: dict | bool |
     count = len(request["input_ids"])
     if count > 1: raise ValueError(f"prompt: got {count} requests, wants one at a time")
     streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    return _pieces(base_model(self.llm), streamer, request)
+    return _pieces(base_model(self.llm), streamer, request, options)
 
 # %% ../nbs/06_model.ipynb #06740213
 @contextmanager
@@ -385,12 +401,14 @@ def _save_llm(llm: nn.Module, folder: Path):
     base_model(llm).save_pretrained(folder / "llm", state_dict=_bare_weights(llm))
     if llm is base_model(llm): return
     llm.save_pretrained(folder / "lora", save_embedding_layers=False)
-    (folder / "lora" / "README.md").unlink()  # like the next entry, it names the folder the language model came from
+    (folder / "lora" / "README.md").unlink()  # like an entry below, it names the folder the language model came from
     adapter = folder / "lora" / "adapter_config.json"
     settings = json.loads(adapter.read_text())
     for name in ("target_modules", "exclude_modules"):                                          # sets, in no order
         if isinstance(settings[name], list): settings[name].sort()
-    adapter.write_text(json.dumps(settings | {"base_model_name_or_path": None}, indent=2))
+    settings["base_model_name_or_path"] = None
+    used = {name: value for name, value in settings.items() if value is not None}      # older PEFT knows fewer settings
+    adapter.write_text(json.dumps(used, indent=2))
 
 # %% ../nbs/06_model.ipynb #1b01a627
 def base_fingerprint(llm: nn.Module) -> str | None:
@@ -426,8 +444,7 @@ def _move_parts(source: Path, folder: Path):
 @patch
 def save_pretrained(self: ImageBindLLM, folder: str | Path):
     "Write the model to `folder`, for `load` to read. Raises ValueError if LoRA is merged into the language model."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     weights = {name: p.contiguous() for name, p in self.state_dict().items() if not name.startswith("llm.")}
     with quiet(), tempfile.TemporaryDirectory(dir=folder) as temporary:
         new = Path(temporary)
@@ -442,7 +459,7 @@ def save_pretrained(self: ImageBindLLM, folder: str | Path):
 
 # %% ../nbs/06_model.ipynb #5ea0b2b0
 @contextmanager
-def _loading(what: str, wanted: str):
+def loading(what: str, wanted: str):
     "Turn whatever a library raises about a file of somebody else's into one line."
     try: yield
     except Exception as error:
@@ -456,13 +473,19 @@ def _part(folder: Path, name: str) -> Path:
     raise ValueError(f"folder: {str(folder)!r} has no {name}/, wants a folder written by `save_pretrained`")
 
 # %% ../nbs/06_model.ipynb #377108ce
+def read_llm(source: str | Path, what: str, **options) -> nn.Module:
+    "The language model that transformers finds in `source`, called `what` in errors. Runs no code that came with it."
+    with quiet(), loading(what, "a language model"):
+        depth = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config().num_hidden_layers
+        if depth > 1000: raise ValueError(f"it claims {depth} layers, wants at most 1000")
+        return AutoModelForCausalLM.from_pretrained(source, **{"trust_remote_code": False, **options})
+
+
 def _load_llm(folder: Path, device: str, options: dict) -> nn.Module:
     "The language model in `folder` on `device`, with its LoRA if there is one. Runs no code that came with it."
     path = _part(folder, "llm")
-    with quiet(), _loading(f"folder: {str(path)!r}", "a language model"):
-        depth = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().num_hidden_layers
-        if depth > 1000: raise ValueError(f"it claims {depth} layers, wants at most 1000")
-        llm = AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False, **options})
+    llm = read_llm(path, f"folder: {str(path)!r}", **options)
+    with quiet(), loading(f"folder: {str(path)!r}", "a language model"):
         if "device_map" not in options: llm = llm.to(device)
         if (folder / "lora").is_dir():
             from peft import PeftModel
@@ -473,7 +496,7 @@ def _load_llm(folder: Path, device: str, options: dict) -> nn.Module:
 def _load_tokenizers(folder: Path) -> list[PreTrainedTokenizerBase | None]:
     "The language model's tokenizer in `folder`, and the text encoder's or None."
     paths = [_part(folder, "tokenizer")] + [folder / "text_tokenizer"] * (folder / "text_tokenizer").is_dir()
-    with _loading(f"folder: {str(paths[0])!r}", "a tokenizer"):
+    with loading(f"folder: {str(paths[0])!r}", "a tokenizer"):
         found = [AutoTokenizer.from_pretrained(path, trust_remote_code=False) for path in paths]
     return [*found, None][:2]
 
@@ -491,7 +514,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, str | None]:
 
 def _load_weights(model: ImageBindLLM, path: Path, device: str):
     "Give `model`, made without memory, the weights in `path` on `device`: all of them and no other."
-    with _loading(f"folder: {str(path)!r}", "weights"): weights = load_file(path)
+    with loading(f"folder: {str(path)!r}", "weights"): weights = load_file(path)
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items() if not name.startswith("llm.")}
     wrong = sorted(name for name in wanted.keys() | weights.keys()
                    if name not in weights or tuple(weights[name].shape) != wanted.get(name))
@@ -508,6 +531,8 @@ def from_pretrained(cls: ImageBindLLM, folder: str | Path, device: str = "cpu", 
     `llm_options` (`dtype`, `device_map`, `quantization_config`, …) go to the language model's `from_pretrained`.
     Raises ValueError for a folder that holds no model, weights that do not fit the configuration, or an `llm/` that is
     not the language model it was saved with."""
+    if not isinstance(folder, (str, Path)): raise TypeError(f"folder: got {type(folder).__name__}, wants a path")
+    if device is None: raise TypeError("device: got None, wants one such as 'cpu' or 'cuda'")
     folder = Path(folder)
     config, recorded = _read_config(folder)
     llm, tokenizers = _load_llm(folder, device, llm_options), _load_tokenizers(folder)
@@ -534,7 +559,7 @@ def load(name: str | Path, **options) -> ImageBindLLM:
     if os.path.isdir(name): return ImageBindLLM.from_pretrained(name, **options)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         from huggingface_hub import snapshot_download
-        with _loading(f"name: {str(name)!r} is no folder here and", "a model of the Hub"):
+        with loading(f"name: {str(name)!r} is no folder here and", "a model of the Hub"):
             folder = snapshot_download(str(name))
         return ImageBindLLM.from_pretrained(folder, **options)
     raise ValueError(f"name: got {str(name)!r:.60}, "

@@ -36,12 +36,13 @@ from .encoders import (AudioConfig, DepthConfig, ImageBind, ImageBindConfig, IMU
 from .inputs import InputConfig, Processor
 from .llama import enable_injection
 from .model import ImageBindLLM, ModelConfig, PromptTemplate, load, quiet
-from .world import (ATTRIBUTES, AUDIO_RATE, IMU_RATE, VIDEO_FPS, Things, ask, ask_in_words, draw_things, record,
-                         split_things, project_folder, write_atomically)
+from .world import (ATTRIBUTES, AUDIO_RATE, IMU_RATE, VIDEO_FPS, Things, ask, ask_in_words, draw_things,
+                         make_folder, record, split_things, project_folder, write_atomically)
 
 # %% ../nbs/08_training.ipynb #daa65486
 def set_seed(seed: int):
     "Seed torch's generator, on which fresh weights, dropout and moved pictures draw: the one place that does."
+    if not isinstance(seed, int): raise TypeError(f"seed: got {seed!r:.60}, wants a whole number")
     torch.manual_seed(seed)
 
 # %% ../nbs/08_training.ipynb #c0065f94
@@ -234,7 +235,7 @@ def before(path: Path) -> Path:
 
 def save_checkpoint(path: Path, state: dict):
     "Write `state` to `path` atomically; the checkpoint that was there is kept as the one `before` it."
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "checkpoint")
     for unfinished in path.parent.glob(f"{path.name}.*.part"): unfinished.unlink()  # by a process that was killed
     if path.exists(): os.replace(path, before(path))
     write_atomically(path, lambda part: torch.save(state, part))
@@ -318,6 +319,21 @@ def whole_step():
         if usual: signal.signal(signal.SIGINT, usual)
     if pressed: raise KeyboardInterrupt
 
+# %% ../nbs/08_training.ipynb #c93b5e02
+def _check(objective, data, recipe, checkpoint) -> Path | None:
+    """Where the checkpoint goes, if anywhere; its folder is made now, not after an hour.
+
+    Raises TypeError for what is not what `fit` wants, OSError for no such folder."""
+    for name, value, kind in (("objective", objective, nn.Module), ("recipe", recipe, Recipe)):
+        if not isinstance(value, kind): raise TypeError(f"{name}: got {type(value).__name__}, wants a {kind.__name__}")
+    if not hasattr(data, "__getitems__"):
+        raise TypeError(f"data: got {type(data).__name__}, wants `Columns`, or a Dataset with `__getitems__`")
+    if not isinstance(checkpoint, (str, Path, type(None))):
+        raise TypeError(f"checkpoint: got {type(checkpoint).__name__}, wants the path of a file")
+    if not checkpoint: return None
+    make_folder(Path(checkpoint).parent, "checkpoint")
+    return Path(checkpoint)
+
 # %% ../nbs/08_training.ipynb #5194ffd4
 def fit(objective: nn.Module, data: Dataset, recipe: Recipe, title: str, checkpoint: str | Path | None = None,
         workers: int = 0) -> list[float]:
@@ -326,7 +342,7 @@ def fit(objective: nn.Module, data: Dataset, recipe: Recipe, title: str, checkpo
     With `checkpoint` (a file) the run saves itself every `recipe.save_every` steps and at the end, and continues from
     there when called again, exactly as if it had never stopped. Ctrl-C saves before it stops. Raises FloatingPointError
     for a loss that is not finite, ValueError for a checkpoint that is damaged or was made with other settings."""
-    run = Run(objective, data, recipe, checkpoint and Path(checkpoint))
+    run = Run(objective, data, recipe, _check(objective, data, recipe, checkpoint))
     accelerator, history = run.accelerator, run.history
     batches = Batches(len(data), recipe.batch_size, recipe.steps, recipe.seed, len(history),
                       accelerator.process_index, accelerator.num_processes)
@@ -416,12 +432,16 @@ class Binding(nn.Module):
 def released_exercise(item: dict) -> tuple[str, str, str]:
     """Instruction, context (perhaps empty) and answer in an item of the released data: `caption`, `conversations` (the
     first exchange counts) or `instruction`, `input`, `output`. Raises ValueError for an item of another form."""
+    try: found = _exercise(item)
+    except (IndexError, KeyError, TypeError): found = None, None, None
+    if all(isinstance(text, str) for text in found): return found
+    got = f"keys {sorted(map(str, item))}" if isinstance(item, dict) else type(item).__name__
+    raise ValueError(f"item: got {got:.200}, wants texts: a caption, two conversations, or instruction and output")
+
+def _exercise(item):
     if "caption" in item: return "Generate caption of this image", "", item["caption"]
-    if "conversations" in item:
-        question, answer = item["conversations"][:2]
-        return question["value"], "", answer["value"]
-    if "instruction" in item: return item["instruction"], item.get("input", ""), item["output"]
-    raise ValueError(f"item: got keys {sorted(item)}, wants a caption, conversations or an instruction")
+    if "conversations" in item: return item["conversations"][0]["value"], "", item["conversations"][1]["value"]
+    return item["instruction"], item.get("input", ""), item["output"]
 
 def released_example(tokenizer, prompt: str, answer: str, length: int) -> dict[str, Tensor]:
     """`ids` and `labels`, int64 `[length]`, of start + prompt + answer + end, padded with id 0 or cut. Labels are
@@ -457,9 +477,11 @@ IGNORE = -100                        # label of a token that is read but not lea
 def tokenize_pairs(tokenizer, prompts: list[str], answers: list[str], learn_prompt: bool = False) -> dict:
     """Right-padded `ids` and `labels`, int64 `[N, T]`, of start + prompt + answer + end. Labels are `IGNORE` on padding
     and on the prompt, unless `learn_prompt`. The released code masks with 0, which is a real token id; ours is never
-    one. Raises ValueError for unequal lengths."""
-    if len(prompts) != len(answers):
-        raise ValueError(f"answers: got {len(answers)}, wants as many as prompts, {len(prompts)}")
+    one. Raises ValueError for unequal lengths, none at all, or what is no text."""
+    if not len(prompts) or len(prompts) != len(answers):
+        raise ValueError(f"answers: got {len(answers)}, wants as many as prompts, {len(prompts)}, and at least one")
+    if not all(isinstance(text, str) for text in (*prompts, *answers)):
+        raise ValueError("prompts: got one, or an answer, that is no text, wants texts")
     heads = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     tails = tokenizer([f" {a}" for a in answers], add_special_tokens=False)["input_ids"]
     rows = [[tokenizer.bos_token_id, *h, *t, tokenizer.eos_token_id] for h, t in zip(heads, tails)]
@@ -613,6 +635,7 @@ QUICK = os.environ.get("IBLLM_QUICK") == "1"
 def recipe_for(name: str, seed: int = 0) -> Recipe:
     """The recipe of a part, with `seed`. When the environment sets IBLLM_QUICK=1, as tests do: a quarter of the steps
     for the two stages, whose gates take a while to open; a twentieth, but at least 12, for all others."""
+    if name not in RECIPES: raise ValueError(f"name: got {name!r:.60}, wants one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
     few = recipe.steps // 4 if name.startswith("stage") else max(12, recipe.steps // 20)
     steps = few if QUICK else recipe.steps

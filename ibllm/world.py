@@ -11,10 +11,11 @@ __all__ = ['KINDS', 'COLOURS', 'SIZES', 'MOTIONS', 'ATTRIBUTES', 'CARRIES', 'TUR
            'arc', 'helix', 'circle', 'make_shape', 'make_shapes', 'Scene', 'rotations', 'set_scene', 'displacement',
            'View', 'look', 'pick', 'backdrop', 'expose', 'digitise', 'photograph', 'film', 'measure_depth',
            'measure_heat', 'scan', 'strokes', 'listen', 'sway', 'feel', 'describe', 'answer', 'ask', 'ask_in_words',
-           'read_attributes', 'record', 'Split', 'split_things', 'project_folder', 'write_atomically', 'write_files']
+           'read_attributes', 'record', 'Split', 'split_things', 'project_folder', 'write_atomically', 'make_folder',
+           'check_name', 'write_files']
 
 # %% ../nbs/00_world.ipynb #a95164ef
-import hashlib, math, os
+import hashlib, math, os, re
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -84,8 +85,9 @@ def is_pictured(things: Things) -> Tensor:
 def draw_things(n: int, seed: int, pictured: bool | None = True) -> Things:
     """`n` random things: only pictured combinations, only those never pictured (`pictured=False`), or any (`None`).
 
-    Another `n` gives other things, not fewer of the same. Raises ValueError if `n` is below 1."""
-    if n < 1: raise ValueError(f"n: got {n}, wants 1 or more things")
+    Another `n` gives other things, not fewer of the same. Raises ValueError unless `n` is from 1 to ten million."""
+    if not isinstance(n, int) or not 1 <= n <= 10**7:
+        raise ValueError(f"n: got {n!r:.60}, wants a whole number of things, from 1 to ten million")
     g, found = generator(seed, "things"), torch.empty(4, 0, dtype=torch.long)
     while found.shape[1] < n:
         draw = torch.stack([torch.randint(len(words), (n * 8,), generator=g) for words in ATTRIBUTES.values()])
@@ -527,7 +529,7 @@ def split_things(name: str, seed: int = 0, size: int | None = None) -> tuple[Thi
     Raises ValueError for an unknown split."""
     _check_word("name", name, SPLITS)
     split, key = SPLITS[name], seed * 1_000 + SPLITS[name].offset
-    return draw_things(size or split.size, key, split.pictured), key
+    return draw_things(split.size if size is None else size, key, split.pictured), key
 
 # %% ../nbs/00_world.ipynb #b0f21209
 def project_folder() -> Path:
@@ -548,6 +550,22 @@ def write_atomically(path: Path, write):
         write(temporary)
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
+
+# %% ../nbs/00_world.ipynb #5d1c07aa
+def make_folder(folder, argument: str = "folder") -> Path:
+    "The path of `folder`, which is made if need be. Raises OSError, with the `argument` it came from, if it cannot be."
+    if not isinstance(folder, (str, Path)):
+        raise TypeError(f"{argument}: got {type(folder).__name__}, wants the path of a folder")
+    try: Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{argument}: got {str(folder)!r:.200}, wants a folder that can be written ({error.strerror})"
+        raise OSError(error.errno, reason) from error
+    return Path(folder)
+
+def check_name(name: str):
+    "Raise ValueError unless files can be called `name`; no name leads to another folder."
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise ValueError(f"name: got {name!r:.60}, wants the name of a file: letters, digits, dots and dashes")
 
 # %% ../nbs/00_world.ipynb #8eee9342
 def _write_image(path, pixels): Image.fromarray(np.asarray(pixels)).save(path, format="PNG")
@@ -583,10 +601,11 @@ def write_files(recording: dict, folder, name: str, i: int = 0) -> dict[str, Pat
     """Write recording number `i` of what `record` returned as `folder/NAME_MODALITY.EXT`; returns `{modality: path}`.
 
     PNG (image; depth: 16 bit, millimetres; thermal: 16 bit, hundredths of a kelvin), MP4, TXT, WAV (16 bit), PLY
-    (metres), CSV (seconds, m/s², rad/s). Raises OSError if the folder cannot be written.
+    (metres), CSV (seconds, m/s², rad/s). Raises OSError if the folder cannot be written, ValueError for a `name` that
+    leads out of it.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
+    check_name(name)
     paths = {m: folder / f"{name}_{m}.{FILE_WRITERS[m][0]}" for m in recording}
     for m, path in paths.items(): write_atomically(path, lambda part, m=m: FILE_WRITERS[m][1](part, recording[m][i]))
     return paths

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import struct
+import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -92,6 +93,11 @@ REQUESTS += [("modality 'smell'", ({"smell": BALL}, ASK)), ("modality 5", ({5: B
              ("features: ", ({"image": [BALL, BALL], "depth": [BALL[..., 0] + 1.0] * 3}, ASK)),
              ("no such file", ({"audio": "no such file.wav"}, ASK))]
 OPTIONS = [("max_new_tokens: ", dict(max_new_tokens=n)) for n in (0, -1, 1.5, "a", True)]
+OPTIONS += [(f"{name}: ", {name: n}) for name in ("num_beams", "num_return_sequences") for n in (0, -1, 1.5, "a")]
+OPTIONS += [("options: got ", given) for given in (
+    dict(flavour=5), dict(num_return_sequences=3, do_sample=False),
+    dict(do_sample=True, temperature=0.0), dict(do_sample=True, top_k=-1), dict(generation_config=5), dict(streamer=5),
+    dict(eos_token_id="x"), dict(input_ids=None), dict(attention_mask=None), dict(gated_values=None))]
 
 
 @pytest.mark.parametrize("number", range(len(REQUESTS)))
@@ -105,6 +111,7 @@ def test_requests(number, model, tmp_path):
 @pytest.mark.parametrize("start, options", OPTIONS)
 def test_options(start, options, model, tmp_path):
     assert refusal(lambda: model.generate({}, ASK, **options), tmp_path).startswith(start)
+    assert refusal(lambda: [*model.stream({}, ASK, **options)], tmp_path).startswith(start)
 
 
 FEATURES = [None, [1.0] * 128, torch.zeros(128), torch.zeros(2, 3), torch.zeros(1, 128, dtype=torch.long),
@@ -123,6 +130,23 @@ row = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator(
 memory = VisualCache.build(row)
 nan, things = row.where(row > 0, torch.nan), world.draw_things(3, 0)
 yes = torch.tensor([True, False])
+COLUMN, HERE = Columns(x=torch.zeros(4, 1)), Path(__file__).parent
+NO_NAMES = ["../x", "/x", "a/b", "", "..", "\0", "x" * 5000, None, 5]
+NO_JSON = [float("nan"), float("inf"), {1}, row, b"x"]
+NO_ITEMS = [{}, None, 5, [], "caption", {"caption": 5}, {"conversations": []}, {"conversations": [1, 2]},
+            {"conversations": [{"value": "a"}]}, {"instruction": "a"}, {"instruction": "a", "output": None}, {5: "a"}]
+NO_FOLDERS = [  # a file lies there
+    ("folder", lambda file: world.write_files({}, file, "a")),
+    ("folder", lambda file: ibllm.load("toyland").save_pretrained(file)),
+    ("folder", lambda file: evaluation.save_results("tiny", {}, 0, file)),
+    ("folder", lambda file: checkpoints.export_official(None, file)),
+    ("path", lambda file: checkpoints.write_weights({}, file / "w.pth")),
+    ("checkpoint", lambda file: fit(nn.Linear(1, 1), COLUMN, Recipe(2, 2), "bad", file / "run.pt"))]
+
+
+def place(): return Path(tempfile.mkdtemp())  # inside pytest's `tmp_path`
+
+
 CALLS = [
     ("features: ", lambda: mix([], [])), ("weights: ", lambda: mix([row], [1, 2])),
     ("weights: ", lambda: mix([row], ["1"])), ("weights: ", lambda: mix([row], [None])),
@@ -141,7 +165,38 @@ CALLS = [
     ("k: ", lambda: evaluation.neighbour_vote(row, row, torch.arange(4), 5)),
     ("captions: ", lambda: evaluation.score_captions(["a"], things)),
     ("b: ", lambda: evaluation.modality_gap(row, row[:2])),
-    ("kind: ", lambda: world.one_thing("cow")), ("n: ", lambda: world.draw_things(0, 0)),
+    ("kind: ", lambda: world.one_thing("cow")),
+    *[("n: ", lambda n=n: world.draw_things(n, 0)) for n in (0, -3, 1.5, None, "5", 10**12)],
+    *[("n: ", lambda n=n: world.split_things("test", size=n)) for n in (0, -3, 1.5, "5", 10**12)],
+    *[("name: ", lambda n=n: world.write_files({"image": BALL[None]}, place(), n)) for n in NO_NAMES],
+    *[("name: ", lambda n=n: evaluation.save_results(n, {}, 0, place())) for n in NO_NAMES],
+    *[("name: ", lambda n=n: evaluation.load_results(n, place())) for n in NO_NAMES],
+    *[("values: ", lambda v=v: evaluation.save_results("tiny", dict(a=v), 0, place())) for v in NO_JSON],
+    *[("values: ", lambda v=v: evaluation.summary([v])) for v in ("1", None, float("nan"), float("inf"))],
+    ("captions: ", lambda: evaluation.score_captions([None] * 3, things)),
+    ("labels: ", lambda: evaluation.neighbour_vote(row, row, torch.arange(3), 1)),
+    ("text_features: ", lambda: evaluation.zero_shot(row, row, things)),
+    ("features: ", lambda: mix([1], [1])), ("features: ", lambda: mix([row.long()], [1])),
+    *[("item: ", lambda i=i: training.released_exercise(i)) for i in NO_ITEMS],
+    ("answers: ", lambda: training.tokenize_pairs(None, [], [])),
+    ("prompts: ", lambda: training.tokenize_pairs(None, ["a"], [5])),
+    ("name: ", lambda: training.recipe_for("nothing")), ("seed: ", lambda: training.set_seed("0")),
+    ("objective: ", lambda: fit(None, COLUMN, Recipe(2, 2), "bad")),
+    ("recipe: ", lambda: fit(nn.Linear(1, 1), COLUMN, dict(steps=2), "bad")),
+    ("data: ", lambda: fit(nn.Linear(1, 1), [1, 2, 3], Recipe(2, 2), "bad")),
+    ("checkpoint: ", lambda: fit(nn.Linear(1, 1), COLUMN, Recipe(2, 2), "bad", 5)),
+    *[(f"{name}: ", lambda c=call: c(Path(__file__))) for name, call in NO_FOLDERS],
+    *[("source: ", lambda c=call, s=source: c(s)) for call in (checkpoints.load_llama, checkpoints.load_tokenizer)
+      for source in (None, 5, "", "\0", "x" * 5000, "../x", "/missing", "someone/nothing", Path(__file__), HERE)],
+    ("source: ", lambda: checkpoints.load_official("a.pth", "b.pth", "/missing")),
+    *[("path: ", lambda v=v: checkpoints.read_weights(v)) for v in (None, 5, [], HERE)],
+    ("path: ", lambda: checkpoints.load_imagebind(None)), ("path: ", lambda: checkpoints.load_adapter(None, None)),
+    ("config: ", lambda: checkpoints.load_imagebind({}, "huge")),
+    ("weights: ", lambda: checkpoints.write_weights({"w": 5}, place() / "w.pth")),
+    ("weights: ", lambda: checkpoints.write_weights([row], place() / "w.pth")),
+    ("suffix: ", lambda: checkpoints.export_official(None, place(), ".exe")),
+    ("folder: ", lambda: ibllm.model.ImageBindLLM.from_pretrained(None)),
+    ("device: ", lambda: ibllm.load("toyland", device=None)),
     ("name: ", lambda: world.split_things("exam")), ("modalities: ", lambda: world.record(things, 0, ("smell",))),
     ("modalities: ", lambda: world.record(things, 0, "image")), ("things: ", lambda: world.record(things[:0], 0)),
     ("parts: ", lambda: checkpoints.download_official(("everything",))),
@@ -155,9 +210,10 @@ CALLS = [
 
 
 @pytest.mark.parametrize("number", range(len(CALLS)))
-def test_calls(number, tmp_path):
+def test_calls(number, tmp_path, monkeypatch):
     start, call = CALLS[number]
-    assert refusal(call, tmp_path).startswith(start)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert re.match(rf"(\[Errno \d+\] )?{start}", refusal(call, tmp_path))
 
 
 # Settings

@@ -497,7 +497,7 @@ before = megabytes()
 rest = dict.fromkeys(("text", "audio", "point", "depth", "thermal", "imu"))
 encoder = load_imagebind(sys.argv[1], ImageBindConfig(vision=VisionConfig(), **rest))
 loaded = megabytes()
-total = sum(p.double().sum().item() for p in encoder.parameters())
+total = sum(p.sum(dtype=torch.float64).item() for p in encoder.parameters())
 print(before, loaded, megabytes())
 """
 

@@ -46,7 +46,7 @@ DRAW = dict(
 )
 
 
-@pytest.mark.usefixtures("clean_style")
+@pytest.mark.usefixtures("clean_style", "same_matplotlib")
 @pytest.mark.parametrize("name", DRAW)
 def test_a_committed_figure_is_what_its_results_give(name, tmp_path):
     drawn = figures.save_figure(DRAW[name](), name, tmp_path)

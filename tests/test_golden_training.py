@@ -50,7 +50,7 @@ def test_every_recorded_example_is_checked():
 
 def test_a_prompt_that_fills_the_length_leaves_nothing_to_learn(words):
     with pytest.raises(ValueError, match="^length: got 1, wants at least 2"): released_example(words, "a", "b", 1)
-    with pytest.raises(ValueError, match="^item: got keys .'text'., wants a caption, conversations or an instruction"):
+    with pytest.raises(ValueError, match="^item: got keys .'text'., wants texts: a caption, two conversations, or"):
         released_exercise({"text": "x"})
 
 

@@ -49,6 +49,7 @@ def same_as_committed(figure, name, folder):
 
 # Redrawn
 
+@pytest.mark.usefixtures("same_matplotlib")
 @pytest.mark.parametrize("name, draw, key", [
     ("paper_1_two_systems", "draw_two_systems", "systems"), ("paper_2_what_learns", "draw_stages", "stages"),
     ("paper_5_captions", "draw_captions", "captions"), ("paper_6_instructions", "draw_instructions", "instructions"),
@@ -57,10 +58,12 @@ def test_figures_of_the_cast_are_what_the_results_say(name, draw, key, results, 
     same_as_committed(getattr(paper_figures, draw)(results[key], *cast), name, tmp_path)
 
 
+@pytest.mark.usefixtures("same_matplotlib")
 def test_the_bind_network_is_what_the_results_say(results, tmp_path):
     same_as_committed(paper_figures.draw_bind_network(results["bind"]), "paper_3_bind_network", tmp_path)
 
 
+@pytest.mark.usefixtures("same_matplotlib")
 def test_figures_with_the_memory_are_what_the_results_say(results, cast, memory, tmp_path):
     found = dict(first=memory[:6], nearest=memory[results["cache"]["ids"]])
     same_as_committed(paper_figures.draw_cache(results["cache"], *cast, found), "paper_4_visual_cache", tmp_path)
@@ -69,6 +72,7 @@ def test_figures_with_the_memory_are_what_the_results_say(results, cast, memory,
     same_as_committed(drawn, "paper_8_nearest_pictures", tmp_path)
 
 
+@pytest.mark.usefixtures("same_matplotlib")
 def test_quoted_tables_are_drawn_from_their_file(tables, tmp_path):
     same_as_committed(draw_mme(tables["mme"]), "paper_tables_mme", tmp_path)
     same_as_committed(draw_traditional(tables["traditional"]), "paper_tables_traditional", tmp_path)

@@ -19,7 +19,8 @@ def watch(event, arguments):
         name = arguments[0]
         if isinstance(name, (str, bytes)) and os.fsdecode(name).startswith(home): touched.append((event, name))
     if event in ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.posix_spawn"):
-        if "ldconfig" not in str(arguments): touched.append((event, str(arguments)))  # CUDA's torch looks
+        looks = "ldconfig", "lscpu"                                        # CUDA's torch does, and old NumPy
+        if not any(name in str(arguments) for name in looks): touched.append((event, str(arguments)))
 
 sys.addaudithook(watch)
 """

@@ -192,3 +192,12 @@ def test_every_requirement_is_pinned():
     wanted = " ".join(settings()[name] for name in ("requirements", "exr_requirements", "dev_requirements")).split()
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert not {re.split("[<>=]", name)[0].replace("_", "-") for name in wanted} - pinned
+
+
+def test_the_oldest_releases_are_the_lower_bounds():
+    bounds = dict(line.split(">=") for line in settings()["requirements"].split())
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    oldest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    padded = lambda release: (release.split(".") + ["0"])[:3]
+    assert {name: padded(release) for name, release in bounds.items()} == \
+           {name: padded(release) for name, release in oldest.items()}

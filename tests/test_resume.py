@@ -86,7 +86,7 @@ def stage_two(folder): return stages(folder, 1, 40)
 
 def features(folder):
     training.build_folder = lambda: folder
-    things, found = picture_features(load("toyland"), "validation", size=1500)
+    things, found = picture_features(load("toyland"), "validation", size=600)
     return dict(features=found), [], [things.words(0)]
 
 
@@ -130,6 +130,7 @@ def train(server, *arguments, kill_after=None):
     return process.exitcode
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_any_moment_it_ends_the_same(kind, server, tmp_path):
@@ -151,7 +152,6 @@ def test_killed_at_any_moment_it_ends_the_same(kind, server, tmp_path):
         assert again["history"] == expected["history"] and again["answers"] == expected["answers"]
         assert again["tensors"].keys() == expected["tensors"].keys()
         assert all(torch.equal(t, expected["tensors"][name]) for name, t in again["tensors"].items())
-    print(kind, seconds, checkpoints)
     assert checkpoints or kind in ("features", "cache")
 
 

@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_written_is_named(recording, tmp_path):
     (lambda: one_thing("ball", size="huge"), f"size: got 'huge', wants one of {', '.join(SIZES)}"),
     (lambda: one_thing("ball", motion="flying"), f"motion: got 'flying', wants one of {', '.join(MOTIONS)}"),
     (lambda: make_shape("elephant"), "kind: got 'elephant', wants one of"),
-    (lambda: draw_things(0, seed=0), "n: got 0, wants 1 or more things"),
+    (lambda: draw_things(0, seed=0), "n: got 0, wants a whole number of things, from 1 to ten million"),
     (lambda: ask(one_thing("ball"), 0, about=("smell",)), "about: got 'smell', wants one of kind, colour"),
     (lambda: record(one_thing("ball"), 0, ("image", "smell")), "wants a tuple of sensors out of image, video"),
     (lambda: record(one_thing("ball"), 0, "audio"), "modalities: got 'audio', wants a tuple"),
