@@ -379,6 +379,18 @@ def draw_silence(results: dict) -> Figure:
     figure.legend(handles=keys, loc="outside lower left", ncols=4, frameon=False)
     return figure
 
+# %% ../nbs/10_figures.ipynb #51a0c1e7
+def _draw_remedies(axes, remedies):
+    "Differences with intervals: a row per remedy, pictured (full) above never pictured (hollow)."
+    for y, row in enumerate(remedies.values()):
+        for part, fill, shift in (("seen", "k", -.15), ("unseen", "w", .15)):
+            d = row["difference"][part]
+            axes.plot([d["low"], d["high"]], [y + shift] * 2, "k", lw=1)
+            axes.plot(d["mean"], y + shift, "o", ms=4, mec="k", mfc=fill)
+    axes.axvline(0, color="k", lw=.7)
+    axes.set(yticks=range(len(remedies)), yticklabels=remedies, xlabel="kind and colour right, minus without remedy")
+    axes.invert_yaxis()
+
 # %% ../nbs/10_figures.ipynb #51a0c1e5
 def draw_never_pictured(results: dict) -> Figure:
     """Accuracy of kind and colour at every station of `places`, pictured (full) and never pictured (hollow); right, how
@@ -396,15 +408,7 @@ def draw_never_pictured(results: dict) -> Figure:
     left.set_xticks(x, results["places"], rotation=45, ha="right")
     left.set(ylim=(0, 1.03), ylabel="accuracy, pictures")
     left.legend(loc="lower left", frameon=False)
-    for y, row in enumerate(results["remedies"].values()):
-        for part, fill in dict(seen="k", unseen="w").items():
-            d, shift = row["difference"][part], dict(seen=-.15, unseen=.15)[part]
-            right.plot([d["low"], d["high"]], [y + shift] * 2, "k", lw=1)
-            right.plot(d["mean"], y + shift, "o", ms=4, mec="k", mfc=fill)
-    right.axvline(0, color="k", lw=.7)
-    right.set(yticks=range(len(results["remedies"])), yticklabels=results["remedies"],
-              xlabel="kind and colour right, minus without remedy")
-    right.invert_yaxis()
+    _draw_remedies(right, results["remedies"])
     return figure
 
 # %% ../nbs/10_figures.ipynb #7938a428
