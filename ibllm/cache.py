@@ -147,7 +147,7 @@ def enhance(self: VisualCache, feature: Tensor, k: int | Sequence[int] = 10,
 # %% ../nbs/05_cache.ipynb #af6640c0
 class Form(NamedTuple):
     "A way to keep a memory: FAISS's factory string, settings of its search, and what it is good for."
-    factory: str  # {lists} stands for the number of cells
+    factory: str  # {lists} stands for the number of cells, {main} for that of directions, {codes} for half of those
     search: str  # {probes} stands for the number of cells that are read
     about: str
 
@@ -156,31 +156,37 @@ FORMS = {
     "exact": Form("Flat", "", "the reference: every vector in full, every vector compared"),
     "half": Form("SQfp16", "", "half the memory, the same answers, still every vector compared"),
     "8bit": Form("SQ8", "", "a quarter of the memory, nearly the same answers, still every vector compared"),
-    "ivf-8bit": Form("IVF{lists},SQ8", "nprobe={probes}", "a quarter of the memory, the nearest cells compared"),
-    "ivf-rabitq": Form("IVF{lists},RaBitQ,Refine(SQ6)", "nprobe={probes},k_factor_rf=20",
-                       "less memory still: 1-bit codes find candidates, 6-bit codes decide"),
+    "ivf-pq": Form("PCAR{main},IVF{lists},PQ{codes}x4fs,Refine(SQ6)", "nprobe={probes},k_factor_rf=20",
+                   "a fifth of the memory: short codes of the nearest cells find candidates, 6-bit codes decide"),
     "hnsw": Form("HNSW32", "", "the published choice: quick, more than full memory, slow to build"),
 }
 LARGE = 100_000  # features; above this, `build` takes COMPACT unless told otherwise
-COMPACT = "ivf-rabitq"
+COMPACT = "ivf-pq"
+
 
 # %% ../nbs/05_cache.ipynb #644f6b85
 def _count_lists(count: int) -> int:
-    "Cells for `count` features: the power of two below 2·√count, and none with fewer than 16 features in the mean."
-    return 2 ** int(math.log2(max(1, min(2 * count ** .5, count / 16))))
+    "Cells for `count` features: the power of two below 4·√count, and none with fewer than 16 features in the mean."
+    return 2 ** int(math.log2(max(1, min(4 * count ** .5, count / 16))))
 
 
-def _factory(form: str, count: int) -> str: return FORMS[form].factory.format(lists=_count_lists(count))
-def _settings(form: str, count: int) -> str: return FORMS[form].search.format(probes=max(64, _count_lists(count) // 6))
+def _factory(form: str, width: int, count: int) -> str:
+    main = max(1, min(256, width) // 2 * 2)
+    return FORMS[form].factory.format(lists=_count_lists(count), main=main, codes=max(1, main // 2))
+
+
+def _settings(form: str, count: int) -> str:
+    return FORMS[form].search.format(probes=max(64, round(100 * _count_lists(count) / count ** .5)))
 
 
 def _empty_index(form: str, width: int, count: int) -> faiss.Index:
     "An untrained index for `count` features."
-    factory = _factory(form, count)
+    factory = _factory(form, width, count)
     index = faiss.index_factory(width, factory, faiss.METRIC_L2 if "IVF" in factory else faiss.METRIC_INNER_PRODUCT)
     faiss.ParameterSpace().set_index_parameters(index, _settings(form, count))
     if lists := faiss.try_extract_index_ivf(index): lists.cp.min_points_per_centroid = 1  # `_sample` sees to that
     return index
+
 
 # %% ../nbs/05_cache.ipynb #078222f7
 def write_shard(features: Tensor, folder: str | Path, number: int) -> Path:
@@ -302,7 +308,7 @@ def _write_index(index: faiss.Index, path: Path):
 
 def _unfinished(path: Path, form: str, width: int, count: int, sample: Tensor) -> Path:
     "Where a build of these features keeps what it has so far."
-    digest = hashlib.sha256(f"{_factory(form, count)} {width} {count} {CHUNK}".encode())
+    digest = hashlib.sha256(f"{_factory(form, width, count)} {count} {CHUNK}".encode())
     digest.update(sample.numpy())
     return path.with_name(f"{path.name}.{digest.hexdigest()[:16]}.building")
 
@@ -314,8 +320,17 @@ def _clear(path: Path):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
+def _reserve(index: faiss.Index, count: int):
+    "Make room for `count` vectors at once: a list that grows bit by bit is copied, and then takes its size twice."
+    for part in ("refine_index", "storage"):
+        if hasattr(index, part): index = faiss.downcast_index(getattr(index, part))
+    index.codes.resize(count * index.code_size)
+    index.codes.resize(index.ntotal * index.code_size)  # what was reserved stays so
+
+
 def _fill(index: faiss.Index, parts: Sequence[Tensor], building: Path | None, count: int):
     "Add to `index` those features of `parts` that it lacks, and keep it in `building` while that takes long."
+    _reserve(index, count)
     saved, seconds = time.monotonic(), 0.0
     with tqdm(total=count, initial=index.ntotal, unit=" features", delay=5) as bar:
         for chunk in _chunks(parts, index.ntotal, index.d):
@@ -343,7 +358,8 @@ def _begin(form: str, width: int, count: int, sample: Tensor, building: Path | N
     "What an interrupted build left in `building`, or a trained index without features."
     if building and building.exists(): return faiss.read_index(str(building))
     index = _empty_index(form, width, count)
-    index.train(sample.numpy())
+    few = max(width, 39 * 16)  # FAISS wants as many as there are directions, and 39 for each of 16 codes
+    index.train(sample.repeat(-(-few // len(sample)), 1).numpy() if "PQ" in FORMS[form].factory else sample.numpy())
     return index
 
 # %% ../nbs/05_cache.ipynb #3ae46671
@@ -430,9 +446,11 @@ def save(self: VisualCache, path: str | Path):
     "Write the index to `path` and its record (what it holds, how and from whom) to `path` + `.json`, or raise OSError."
     path = Path(path)
     _write_index(self.index, path)
-    factory, search = (use(self.form, len(self)) for use in (_factory, _settings)) if self.form in FORMS else ("", "")
+    known = self.form in FORMS
     record = {"count": len(self), "width": self.width, "made_from": self.made_from, "form": self.form,
-              "factory": factory, "search": search, "fingerprint": self.fingerprint, "bytes": path.stat().st_size}
+              "factory": _factory(self.form, self.width, len(self)) if known else "",
+              "search": _settings(self.form, len(self)) if known else "",
+              "fingerprint": self.fingerprint, "bytes": path.stat().st_size}
     text = json.dumps(record, indent=1) + "\n"
     write_atomically(_record_path(path), lambda part: part.write_text(text))
 

@@ -169,7 +169,7 @@ def test_every_form_enhances_like_the_exact_one(form, large, away):
 def test_compact_forms_are_compact(large):
     sizes = {form: size_per_feature(VisualCache.build(large, form)) / (4 * 32) for form in FORMS}
     assert sizes["exact"] < 1.01 and sizes["half"] < .51 and sizes["8bit"] < .26
-    assert sizes["ivf-rabitq"] < .6 < 1 < sizes["hnsw"]  # of 32 numbers; what a vector costs beside them is fixed
+    assert sizes["ivf-pq"] < .6 < 1 < sizes["hnsw"]  # of 32 numbers; what a vector costs beside them is fixed
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -439,7 +439,7 @@ def test_a_mapped_memory_stays_in_its_file(form, tmp_path):
 
 # A GPU, played by the index itself
 
-@pytest.mark.parametrize("form", ["exact", "half", "8bit", "ivf-8bit"])
+@pytest.mark.parametrize("form", ["exact", "half", "8bit"])
 def test_searching_on_a_gpu_takes_the_vectors_from_main_memory(form, large, away, monkeypatch):
     cache, asked = VisualCache.build(large, form), []
     class Searcher:
