@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'LARGE', 'COMPACT', 'IMAGE_SUFFIXES', 'Retrieved', 'VisualCache', 'Form', 'write_shard', 'Shards',
-           'embed_images', 'encoder_fingerprint']
+           'Whitening', 'embed_images', 'encoder_fingerprint']
 
 # %% ../nbs/05_cache.ipynb #b118dada
 import hashlib, json, math, shutil, tempfile, time
@@ -387,6 +387,51 @@ def build(cls: VisualCache, features: Tensor | str | Path | Iterable[Tensor], fo
         _clear(path)
     return cache
 
+# %% ../nbs/05_cache.ipynb #c1d7a5e1
+def _vectors(cache: VisualCache, most: int) -> Tensor:
+    "Up to `most` of the features in `cache`, evenly spaced: [n, D]."
+    rows = np.linspace(0, len(cache) - 1, min(len(cache), most)).astype(np.int64)
+    try: return torch.from_numpy(cache.index.reconstruct_batch(rows))
+    except RuntimeError as error:
+        raise ValueError(f"memory: {type(cache.index).__name__} cannot give its vectors back") from error
+
+
+def _power(covariance: Tensor, exponent: float) -> Tensor:
+    "Power of a `covariance` [D, D], to which the mean variance is added."
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * (values + values.mean()) ** exponent @ vectors.T
+
+
+# %% ../nbs/05_cache.ipynb #c1d7a5e2
+class Whitening(NamedTuple):
+    "What gives the features of a sense the mean and the covariance of a memory."
+    mean: Tensor  # [D] of the sense
+    matrix: Tensor  # [D, D]
+    centre: Tensor  # [D] of the memory
+
+    @classmethod
+    def fit(cls, features: Tensor, memory: VisualCache | Tensor) -> "Whitening":
+        """The whitening for the sense whose unlabelled `features` [N, D] these are, and a `memory`.
+
+        Raises ValueError for fewer features than D (twice as many will do) and for a memory of another width.
+        """
+        if isinstance(memory, VisualCache): memory = _vectors(memory, 50_000)
+        memory = _check_features(memory, "memory").double()
+        width = memory.shape[1]
+        features = _check_features(features, "features", width).double()
+        if len(features) < width:
+            raise ValueError(f"features: got {len(features)}, wants at least {width}, one for each of their dimensions")
+        mean, centre = features.mean(0), memory.mean(0)
+        matrix = _power(torch.cov(features.T), -.5) @ _power(torch.cov(memory.T), .5)
+        return cls(*(part.float().contiguous() for part in (mean, matrix, centre)))
+
+    def __call__(self, feature: Tensor) -> Tensor:
+        "`feature` [B, D] of the sense, as the memory's: unit vectors [B, D], same dtype and device."
+        _check_shape(feature, "feature", len(self.mean))
+        mean, matrix, centre = (part.to(feature.device) for part in self)
+        return F.normalize((feature.float() - mean) @ matrix + centre, dim=1).to(feature.dtype)
+
+
 # %% ../nbs/05_cache.ipynb #27878344
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -423,8 +468,11 @@ def _claim(folder: Path, pieces: list, fingerprint: str):
 
 # %% ../nbs/05_cache.ipynb #d78bbbab
 def encoder_fingerprint(encoder: nn.Module) -> str:
-    "Some weights of `encoder` as text, the middle one of each of its tensors; half precision hardly changes them."
+    """Some weights of `encoder`, such as `model.encoder.tower("image")`, as text; "" if they are not in memory yet.
+
+    It is the middle one of each of its tensors; half precision hardly changes them."""
     weights = [w for _, w in sorted(encoder.state_dict().items()) if w.is_floating_point() and w.numel()]
+    if any(w.is_meta for w in weights): return ""
     middle = torch.stack([w.flatten()[w.numel() // 2].float() for w in weights])
     return " ".join(f"{value:.3g}" for value in middle.tolist())
 
@@ -435,7 +483,7 @@ def check_encoder(self: VisualCache, fingerprint: str):
     if not self.fingerprint or not fingerprint: return
     ours, theirs = (np.array(text.split(), dtype=float) for text in (self.fingerprint, fingerprint))
     if len(ours) != len(theirs) or not np.allclose(ours, theirs, rtol=.02, atol=1e-4):
-        raise ValueError("fingerprint: got another encoder than the one that made this memory (their weights differ)")
+        raise ValueError("fingerprint: got that of another encoder than the one that made this memory")
 
 # %% ../nbs/05_cache.ipynb #90dd7811
 def _record_path(path: Path) -> Path: return path.with_name(path.name + ".json")
