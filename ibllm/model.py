@@ -248,7 +248,7 @@ def _split_whiten(cache) -> tuple:
     if not isinstance(cache.get("whiten", True), bool):
         raise ValueError(f"whiten: got {cache['whiten']!r:.60}, wants True or False")
     rest = {name: value for name, value in cache.items() if name != "whiten"}
-    return rest or None, cache.get("whiten", True)
+    return rest if rest or not cache else None, cache.get("whiten", True)
 
 
 def _settings_of(modality: str, cache):
