@@ -105,7 +105,8 @@ def _neighbours(cache: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tens
     if (ids < 0).any(): raise ValueError(f"k: the index found fewer than {k} neighbours; lower k or raise its nprobe")
     vectors = torch.from_numpy(vectors)
     similarities, order = torch.einsum("bd,bkd->bk", query, vectors).sort(dim=1, descending=True, stable=True)
-    return torch.from_numpy(ids).gather(1, order), similarities, vectors.gather(1, order[..., None].expand_as(vectors))
+    row = torch.arange(len(order))[:, None]
+    return torch.from_numpy(ids)[row, order], similarities, vectors[row, order]
 
 # %% ../nbs/05_cache.ipynb #bfd10d0a
 @patch
@@ -147,7 +148,7 @@ def enhance(self: VisualCache, feature: Tensor, k: int | Sequence[int] = 10,
 # %% ../nbs/05_cache.ipynb #af6640c0
 class Form(NamedTuple):
     "A way to keep a memory: FAISS's factory string, settings of its search, and what it is good for."
-    factory: str  # {lists} stands for the number of cells, {main} for that of directions, {codes} for half of those
+    factory: str  # {lists} and {few} stand for numbers of cells, {main} of directions, {codes} of pairs of those
     search: str  # {probes} stands for the number of cells that are read
     about: str
 
@@ -156,6 +157,7 @@ FORMS = {
     "exact": Form("Flat", "", "the reference: every vector in full, every vector compared"),
     "half": Form("SQfp16", "", "half the memory, the same answers, still every vector compared"),
     "8bit": Form("SQ8", "", "a quarter of the memory, nearly the same answers, still every vector compared"),
+    "ivf-8bit": Form("IVF{few},SQ8", "nprobe={probes}", "a quarter of the memory, the nearest cells compared"),
     "ivf-pq": Form("PCAR{main},IVF{lists},PQ{codes}x4fs,Refine(SQ6)", "nprobe={probes},k_factor_rf=20",
                    "a fifth of the memory: short codes of the nearest cells find candidates, 6-bit codes decide"),
     "hnsw": Form("HNSW32", "", "the published choice: quick, more than full memory, slow to build"),
@@ -172,7 +174,8 @@ def _count_lists(count: int) -> int:
 
 def _factory(form: str, width: int, count: int) -> str:
     main = max(1, min(256, width) // 2 * 2)
-    return FORMS[form].factory.format(lists=_count_lists(count), main=main, codes=max(1, main // 2))
+    lists = _count_lists(count)
+    return FORMS[form].factory.format(lists=lists, few=max(1, lists // 2), main=main, codes=max(1, main // 2))
 
 
 def _settings(form: str, count: int) -> str:
@@ -324,6 +327,7 @@ def _reserve(index: faiss.Index, count: int):
     "Make room for `count` vectors at once: a list that grows bit by bit is copied, and then takes its size twice."
     for part in ("refine_index", "storage"):
         if hasattr(index, part): index = faiss.downcast_index(getattr(index, part))
+    if not hasattr(index, "codes"): return  # the many short lists of cells
     index.codes.resize(count * index.code_size)
     index.codes.resize(index.ntotal * index.code_size)  # what was reserved stays so
 

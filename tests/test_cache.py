@@ -440,7 +440,7 @@ def test_a_mapped_memory_stays_in_its_file(form, tmp_path):
 
 # A GPU, played by the index itself
 
-@pytest.mark.parametrize("form", ["exact", "half", "8bit"])
+@pytest.mark.parametrize("form", ["exact", "half", "8bit", "ivf-8bit"])
 def test_searching_on_a_gpu_takes_the_vectors_from_main_memory(form, large, away, monkeypatch):
     cache, asked = VisualCache.build(large, form), []
     class Searcher:
