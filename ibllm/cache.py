@@ -148,7 +148,7 @@ def enhance(self: VisualCache, feature: Tensor, k: int | Sequence[int] = 10,
 # %% ../nbs/05_cache.ipynb #af6640c0
 class Form(NamedTuple):
     "A way to keep a memory: FAISS's factory string, settings of its search, and what it is good for."
-    factory: str  # {lists} and {few} stand for numbers of cells, {main} of directions, {codes} of pairs of those
+    factory: str  # {lists} and {few} stand for numbers of cells, {main} for that of directions
     search: str  # {probes} stands for the number of cells that are read
     about: str
 
@@ -158,8 +158,8 @@ FORMS = {
     "half": Form("SQfp16", "", "half the memory, the same answers, still every vector compared"),
     "8bit": Form("SQ8", "", "a quarter of the memory, nearly the same answers, still every vector compared"),
     "ivf-8bit": Form("IVF{few},SQ8", "nprobe={probes}", "a quarter of the memory, the nearest cells compared"),
-    "ivf-pq": Form("PCAR{main},IVF{lists},PQ{codes}x4fs,Refine(SQ6)", "nprobe={probes},k_factor_rf=20",
-                   "a fifth of the memory: short codes of the nearest cells find candidates, 6-bit codes decide"),
+    "ivf-pq": Form("PCAR{main},IVF{lists},PQ{main}x4fs,Refine(SQ6)", "nprobe={probes},k_factor_rf=20",
+                   "a quarter of the memory: 4-bit codes of the nearest cells find candidates, 6-bit codes decide"),
     "hnsw": Form("HNSW32", "", "the published choice: quick, more than full memory, slow to build"),
 }
 LARGE = 100_000  # features; above this, `build` takes COMPACT unless told otherwise
@@ -173,9 +173,8 @@ def _count_lists(count: int) -> int:
 
 
 def _factory(form: str, width: int, count: int) -> str:
-    main = max(1, min(256, width) // 2 * 2)
     lists = _count_lists(count)
-    return FORMS[form].factory.format(lists=lists, few=max(1, lists // 2), main=main, codes=max(1, main // 2))
+    return FORMS[form].factory.format(lists=lists, few=max(1, lists // 2), main=min(256, width))
 
 
 def _settings(form: str, count: int) -> str:
@@ -395,6 +394,7 @@ def build(cls: VisualCache, features: Tensor | str | Path | Iterable[Tensor], fo
 def _vectors(cache: VisualCache, most: int) -> Tensor:
     "Up to `most` of the features in `cache`, evenly spaced: [n, D]."
     rows = np.linspace(0, len(cache) - 1, min(len(cache), most)).astype(np.int64)
+    if isinstance(cache.index, faiss.IndexIVF): cache.index.make_direct_map()  # so that it finds a vector by its number
     try: return torch.from_numpy(cache.index.reconstruct_batch(rows))
     except RuntimeError as error:
         raise ValueError(f"memory: {type(cache.index).__name__} cannot give its vectors back") from error
