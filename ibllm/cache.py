@@ -330,7 +330,7 @@ def _reserve(index: faiss.Index, count: int):
     index.codes.resize(count * index.code_size)
     index.codes.resize(index.ntotal * index.code_size)  # what was reserved stays so
 
-
+# %% ../nbs/05_cache.ipynb #c1d7a5f0
 def _fill(index: faiss.Index, parts: Sequence[Tensor], building: Path | None, count: int):
     "Add to `index` those features of `parts` that it lacks, and keep it in `building` while that takes long."
     _reserve(index, count)
@@ -413,28 +413,28 @@ class Whitening(NamedTuple):
     matrix: Tensor  # [D, D]
     centre: Tensor  # [D] of the memory
 
-    @classmethod
-    def fit(cls, features: Tensor, memory: VisualCache | Tensor) -> "Whitening":
-        """The whitening for the sense whose unlabelled `features` [N, D] these are, and a `memory`.
-
-        Raises ValueError for fewer features than D (twice as many will do) and for a memory of another width.
-        """
-        if isinstance(memory, VisualCache): memory = _vectors(memory, 50_000)
-        memory = _check_features(memory, "memory").double()
-        width = memory.shape[1]
-        features = _check_features(features, "features", width).double()
-        if len(features) < width:
-            raise ValueError(f"features: got {len(features)}, wants at least {width}, one for each of their dimensions")
-        mean, centre = features.mean(0), memory.mean(0)
-        matrix = _power(torch.cov(features.T), -.5) @ _power(torch.cov(memory.T), .5)
-        return cls(*(part.float().contiguous() for part in (mean, matrix, centre)))
-
     def __call__(self, feature: Tensor) -> Tensor:
         "`feature` [B, D] of the sense, as the memory's: unit vectors [B, D], same dtype and device."
         _check_shape(feature, "feature", len(self.mean))
         mean, matrix, centre = (part.to(feature.device) for part in self)
         return F.normalize((feature.float() - mean) @ matrix + centre, dim=1).to(feature.dtype)
 
+# %% ../nbs/05_cache.ipynb #c1d7a5f1
+@patch(cls_method=True)
+def fit(cls: Whitening, features: Tensor, memory: VisualCache | Tensor) -> Whitening:
+    """The whitening for the sense whose unlabelled `features` [N, D] these are, and a `memory`.
+
+    Raises ValueError for fewer features than D (twice as many will do) and for a memory of another width.
+    """
+    if isinstance(memory, VisualCache): memory = _vectors(memory, 50_000)
+    memory = _check_features(memory, "memory").double()
+    width = memory.shape[1]
+    features = _check_features(features, "features", width).double()
+    if len(features) < width:
+        raise ValueError(f"features: got {len(features)}, wants at least {width}, one for each of their dimensions")
+    mean, centre = features.mean(0), memory.mean(0)
+    matrix = _power(torch.cov(features.T), -.5) @ _power(torch.cov(memory.T), .5)
+    return cls(*(part.float().contiguous() for part in (mean, matrix, centre)))
 
 # %% ../nbs/05_cache.ipynb #27878344
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
