@@ -162,8 +162,7 @@ class ImageBindLLM(nn.Module):
     """Encoders, bind network, gated injection, language model and optional cache as one model (paper §3).
 
     `tokenizer` is the language model's, `text_tokenizer` the text encoder's; without one, text is no input sense.
-    `whitenings` maps a modality to the `Whitening` that its features pass before they are mixed; none at first.
-    Raises ValueError if `encoder` or `cache` does not fit `config`."""
+    `whitenings` maps modalities to their `Whitening`. ValueError if `encoder` or `cache` does not fit `config`."""
 
     def __init__(self, config: ModelConfig, llm: nn.Module, tokenizer: PreTrainedTokenizerBase,
                  text_tokenizer: PreTrainedTokenizerBase | None = None, encoder: ImageBind | None = None,
@@ -171,8 +170,7 @@ class ImageBindLLM(nn.Module):
         super().__init__()
         sizes = llm.config.get_text_config()
         self.config, self.tokenizer = config, _padding_tokenizer(tokenizer)
-        self.processor = Processor(config.inputs, text_tokenizer)
-        self.encoder = _fitting_encoder(encoder, config)
+        self.processor, self.encoder = Processor(config.inputs, text_tokenizer), _fitting_encoder(encoder, config)
         self.cache, self.whitenings = cache, {}
         self.bind = BindNetwork(config.encoder.feature_dim, sizes.hidden_size, **asdict(config.bind))
         self.injection = GatedInjection(
@@ -180,20 +178,22 @@ class ImageBindLLM(nn.Module):
         self.llm = enable_injection(llm)
         self.eval()
 
-    @property
-    def cache(self) -> VisualCache | None:
-        "The visual cache; giving the model one that does not fit its encoder raises ValueError."
-        return self._cache
-
-    @cache.setter
-    def cache(self, cache: VisualCache | None):
-        if cache is not None: _check_cache(cache, self.encoder)
-        self._cache = cache
-
     def train(self, mode: bool = True):
         super().train(mode)
         self.encoder.eval()
         return self
+
+# %% ../nbs/06_model.ipynb #d2e8b6fb
+@patch(as_prop=True)
+def cache(self: ImageBindLLM) -> VisualCache | None:
+    "The visual cache; giving the model one that does not fit its encoder raises ValueError."
+    return self._cache
+
+
+@patch(set_prop=True)
+def cache(self: ImageBindLLM, cache: VisualCache | None):
+    if cache is not None: _check_cache(cache, self.encoder)
+    self._cache = cache
 
 # %% ../nbs/06_model.ipynb #8694cf59
 def _check_inputs(inputs):

@@ -368,7 +368,7 @@ def test_fingerprint_tells_encoders_apart_and_survives_half_precision(tmp_path):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         cache.check_encoder(encoder_fingerprint(copy.deepcopy(first).to(dtype)))
     for other in (second, first[:1]):
-        with pytest.raises(ValueError, match="^fingerprint: got that of another encoder than the one that made this memory$"):
+        with pytest.raises(ValueError, match="^fingerprint: got that of another encoder than the one that made"):
             cache.check_encoder(encoder_fingerprint(other))
     cache.check_encoder("")
     VisualCache.build(clustered(9)).check_encoder(encoder_fingerprint(first))
