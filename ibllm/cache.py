@@ -526,14 +526,14 @@ def load(cls: VisualCache, path: str | Path, mmap: bool = False) -> VisualCache:
     if not path.is_file(): raise FileNotFoundError(f"path: no file {str(path)!r}")
     record, size = _read_record(_record_path(path)), path.stat().st_size
     if size != record.get("bytes", size):
-        raise ValueError(f"path: {str(path)!r} has {size} bytes, its record says {record['bytes']}")
+        raise ValueError(f"path: {str(path)!r} has {size} bytes, wants {record['bytes']!r:.20}, as its record says")
     try: index = _read_index(path, faiss.IO_FLAG_MMAP_IFC if mmap else 0)
     except (RuntimeError, MemoryError) as error:
         raise ValueError(f"path: {str(path)!r} is not a FAISS index") from error
     if not record: return cls(index, path.name)
     if (record.get("count"), record.get("width")) != (index.ntotal, index.d):
-        raise ValueError(f"path: {str(path)!r} holds {index.ntotal} features of width {index.d}, its record says "
-                         f"{record.get('count')} of width {record.get('width')}")
+        raise ValueError(f"path: {str(path)!r} holds {index.ntotal} features of width {index.d}, wants "
+                         f"{record.get('count')!r:.20} of width {record.get('width')!r:.20}, as its record says")
     return cls(index, *(record.get(name, "") for name in ("made_from", "form", "fingerprint")))
 
 # %% ../nbs/05_cache.ipynb #58d33e4e

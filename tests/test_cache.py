@@ -411,7 +411,7 @@ def test_a_truncated_index_is_refused(form, mmap, tmp_path):
         with pytest.raises(ValueError, match="cut.index' is not a FAISS index$"):
             VisualCache.load(tmp_path / "cut.index", mmap=mmap)
     (tmp_path / "record").rename(tmp_path / "cut.index.json")
-    with pytest.raises(ValueError, match="has .* bytes, its record says"): VisualCache.load(tmp_path / "cut.index")
+    with pytest.raises(ValueError, match="has .* bytes, wants .*, as its record says$"): VisualCache.load(tmp_path / "cut.index")
 
 
 MAPPED = """
@@ -545,7 +545,7 @@ def test_load_refuses(tmp_path):
     VisualCache.build(features()).save(tmp_path / "a.index")
     record = tmp_path / "a.index.json"
     record.write_text(record.read_text().replace('"count": 6', '"count": 7'))
-    with pytest.raises(ValueError, match="holds 6 features of width 16, its record says 7 of width 16$"):
+    with pytest.raises(ValueError, match="holds 6 features of width 16, wants 7 of width 16, as its record says$"):
         VisualCache.load(tmp_path / "a.index")
     faiss.write_index(faiss.IndexFlatIP(4), str(tmp_path / "empty.index"))
     with pytest.raises(ValueError, match="empty memory"): VisualCache.load(tmp_path / "empty.index")
