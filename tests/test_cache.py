@@ -411,7 +411,8 @@ def test_a_truncated_index_is_refused(form, mmap, tmp_path):
         with pytest.raises(ValueError, match="cut.index' is not a FAISS index$"):
             VisualCache.load(tmp_path / "cut.index", mmap=mmap)
     (tmp_path / "record").rename(tmp_path / "cut.index.json")
-    with pytest.raises(ValueError, match="has .* bytes, wants .*, as its record says$"): VisualCache.load(tmp_path / "cut.index")
+    with pytest.raises(ValueError, match="has .* bytes, wants .*, as its record says$"):
+        VisualCache.load(tmp_path / "cut.index")
 
 
 MAPPED = """
