@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'LARGE', 'COMPACT', 'IMAGE_SUFFIXES', 'Retrieved', 'VisualCache', 'Form', 'write_shard', 'Shards',
-           'embed_images', 'encoder_fingerprint']
+           'Whitening', 'embed_images', 'encoder_fingerprint']
 
 # %% ../nbs/05_cache.ipynb #b118dada
 import hashlib, json, math, shutil, tempfile, time
@@ -105,7 +105,8 @@ def _neighbours(cache: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tens
     if (ids < 0).any(): raise ValueError(f"k: the index found fewer than {k} neighbours; lower k or raise its nprobe")
     vectors = torch.from_numpy(vectors)
     similarities, order = torch.einsum("bd,bkd->bk", query, vectors).sort(dim=1, descending=True, stable=True)
-    return torch.from_numpy(ids).gather(1, order), similarities, vectors.gather(1, order[..., None].expand_as(vectors))
+    row = torch.arange(len(order))[:, None]
+    return torch.from_numpy(ids)[row, order], similarities, vectors[row, order]
 
 # %% ../nbs/05_cache.ipynb #bfd10d0a
 @patch
@@ -147,7 +148,7 @@ def enhance(self: VisualCache, feature: Tensor, k: int | Sequence[int] = 10,
 # %% ../nbs/05_cache.ipynb #af6640c0
 class Form(NamedTuple):
     "A way to keep a memory: FAISS's factory string, settings of its search, and what it is good for."
-    factory: str  # {lists} stands for the number of cells
+    factory: str  # {lists} and {few} stand for numbers of cells, {main} for that of directions
     search: str  # {probes} stands for the number of cells that are read
     about: str
 
@@ -156,31 +157,38 @@ FORMS = {
     "exact": Form("Flat", "", "the reference: every vector in full, every vector compared"),
     "half": Form("SQfp16", "", "half the memory, the same answers, still every vector compared"),
     "8bit": Form("SQ8", "", "a quarter of the memory, nearly the same answers, still every vector compared"),
-    "ivf-8bit": Form("IVF{lists},SQ8", "nprobe={probes}", "a quarter of the memory, the nearest cells compared"),
-    "ivf-rabitq": Form("IVF{lists},RaBitQ,Refine(SQ6)", "nprobe={probes},k_factor_rf=20",
-                       "less memory still: 1-bit codes find candidates, 6-bit codes decide"),
+    "ivf-8bit": Form("IVF{few},SQ8", "nprobe={probes}", "a quarter of the memory, the nearest cells compared"),
+    "ivf-pq": Form("PCAR{main},IVF{lists},PQ{main}x4fs,Refine(SQ6)", "nprobe={probes},k_factor_rf=20",
+                   "a quarter of the memory: 4-bit codes of the nearest cells find candidates, 6-bit codes decide"),
     "hnsw": Form("HNSW32", "", "the published choice: quick, more than full memory, slow to build"),
 }
 LARGE = 100_000  # features; above this, `build` takes COMPACT unless told otherwise
-COMPACT = "ivf-rabitq"
+COMPACT = "ivf-pq"
+
 
 # %% ../nbs/05_cache.ipynb #644f6b85
 def _count_lists(count: int) -> int:
-    "Cells for `count` features: the power of two below 2·√count, and none with fewer than 16 features in the mean."
-    return 2 ** int(math.log2(max(1, min(2 * count ** .5, count / 16))))
+    "Cells for `count` features: the power of two below 4·√count, and none with fewer than 16 features in the mean."
+    return 2 ** int(math.log2(max(1, min(4 * count ** .5, count / 16))))
 
 
-def _factory(form: str, count: int) -> str: return FORMS[form].factory.format(lists=_count_lists(count))
-def _settings(form: str, count: int) -> str: return FORMS[form].search.format(probes=max(64, _count_lists(count) // 6))
+def _factory(form: str, width: int, count: int) -> str:
+    lists = _count_lists(count)
+    return FORMS[form].factory.format(lists=lists, few=max(1, lists // 2), main=min(256, width))
+
+
+def _settings(form: str, count: int) -> str:
+    return FORMS[form].search.format(probes=max(64, round(100 * _count_lists(count) / count ** .5)))
 
 
 def _empty_index(form: str, width: int, count: int) -> faiss.Index:
     "An untrained index for `count` features."
-    factory = _factory(form, count)
+    factory = _factory(form, width, count)
     index = faiss.index_factory(width, factory, faiss.METRIC_L2 if "IVF" in factory else faiss.METRIC_INNER_PRODUCT)
     faiss.ParameterSpace().set_index_parameters(index, _settings(form, count))
     if lists := faiss.try_extract_index_ivf(index): lists.cp.min_points_per_centroid = 1  # `_sample` sees to that
     return index
+
 
 # %% ../nbs/05_cache.ipynb #078222f7
 def write_shard(features: Tensor, folder: str | Path, number: int) -> Path:
@@ -302,7 +310,7 @@ def _write_index(index: faiss.Index, path: Path):
 
 def _unfinished(path: Path, form: str, width: int, count: int, sample: Tensor) -> Path:
     "Where a build of these features keeps what it has so far."
-    digest = hashlib.sha256(f"{_factory(form, count)} {width} {count} {CHUNK}".encode())
+    digest = hashlib.sha256(f"{_factory(form, width, count)} {count} {CHUNK}".encode())
     digest.update(sample.numpy())
     return path.with_name(f"{path.name}.{digest.hexdigest()[:16]}.building")
 
@@ -314,8 +322,18 @@ def _clear(path: Path):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
+def _reserve(index: faiss.Index, count: int):
+    "Make room for `count` vectors at once: a list that grows bit by bit is copied, and then takes its size twice."
+    for part in ("refine_index", "storage"):
+        if hasattr(index, part): index = faiss.downcast_index(getattr(index, part))
+    if not hasattr(index, "codes"): return  # the many short lists of cells
+    index.codes.resize(count * index.code_size)
+    index.codes.resize(index.ntotal * index.code_size)  # what was reserved stays so
+
+# %% ../nbs/05_cache.ipynb #c1d7a5f0
 def _fill(index: faiss.Index, parts: Sequence[Tensor], building: Path | None, count: int):
     "Add to `index` those features of `parts` that it lacks, and keep it in `building` while that takes long."
+    _reserve(index, count)
     saved, seconds = time.monotonic(), 0.0
     with tqdm(total=count, initial=index.ntotal, unit=" features", delay=5) as bar:
         for chunk in _chunks(parts, index.ntotal, index.d):
@@ -343,7 +361,8 @@ def _begin(form: str, width: int, count: int, sample: Tensor, building: Path | N
     "What an interrupted build left in `building`, or a trained index without features."
     if building and building.exists(): return faiss.read_index(str(building))
     index = _empty_index(form, width, count)
-    index.train(sample.numpy())
+    few = max(width, 39 * 16)  # FAISS wants as many as there are directions, and 39 for each of 16 codes
+    index.train(sample.repeat(-(-few // len(sample)), 1).numpy() if "PQ" in FORMS[form].factory else sample.numpy())
     return index
 
 # %% ../nbs/05_cache.ipynb #3ae46671
@@ -370,6 +389,52 @@ def build(cls: VisualCache, features: Tensor | str | Path | Iterable[Tensor], fo
         cache.save(path)
         _clear(path)
     return cache
+
+# %% ../nbs/05_cache.ipynb #c1d7a5e1
+def _vectors(cache: VisualCache, most: int) -> Tensor:
+    "Up to `most` of the features in `cache`, evenly spaced: [n, D]."
+    rows = np.linspace(0, len(cache) - 1, min(len(cache), most)).astype(np.int64)
+    if isinstance(cache.index, faiss.IndexIVF): cache.index.make_direct_map()  # so that it finds a vector by its number
+    try: return torch.from_numpy(cache.index.reconstruct_batch(rows))
+    except RuntimeError as error:
+        raise ValueError(f"memory: {type(cache.index).__name__} cannot give its vectors back") from error
+
+
+def _power(covariance: Tensor, exponent: float) -> Tensor:
+    "Power of a `covariance` [D, D], to which the mean variance is added."
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * (values + values.mean()) ** exponent @ vectors.T
+
+
+# %% ../nbs/05_cache.ipynb #c1d7a5e2
+class Whitening(NamedTuple):
+    "What gives the features of a sense the mean and the covariance of a memory."
+    mean: Tensor  # [D] of the sense
+    matrix: Tensor  # [D, D]
+    centre: Tensor  # [D] of the memory
+
+    def __call__(self, feature: Tensor) -> Tensor:
+        "`feature` [B, D] of the sense, as the memory's: unit vectors [B, D], same dtype and device."
+        _check_shape(feature, "feature", len(self.mean))
+        mean, matrix, centre = (part.to(feature.device) for part in self)
+        return F.normalize((feature.float() - mean) @ matrix + centre, dim=1).to(feature.dtype)
+
+# %% ../nbs/05_cache.ipynb #c1d7a5f1
+@patch(cls_method=True)
+def fit(cls: Whitening, features: Tensor, memory: VisualCache | Tensor) -> Whitening:
+    """The whitening for the sense whose unlabelled `features` [N, D] these are, and a `memory`.
+
+    Raises ValueError for fewer features than D (twice as many will do) and for a memory of another width.
+    """
+    if isinstance(memory, VisualCache): memory = _vectors(memory, 50_000)
+    memory = _check_features(memory, "memory").double()
+    width = memory.shape[1]
+    features = _check_features(features, "features", width).double()
+    if len(features) < width:
+        raise ValueError(f"features: got {len(features)}, wants at least {width}, one for each of their dimensions")
+    mean, centre = features.mean(0), memory.mean(0)
+    matrix = _power(torch.cov(features.T), -.5) @ _power(torch.cov(memory.T), .5)
+    return cls(*(part.float().contiguous() for part in (mean, matrix, centre)))
 
 # %% ../nbs/05_cache.ipynb #27878344
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -407,8 +472,11 @@ def _claim(folder: Path, pieces: list, fingerprint: str):
 
 # %% ../nbs/05_cache.ipynb #d78bbbab
 def encoder_fingerprint(encoder: nn.Module) -> str:
-    "Some weights of `encoder` as text, the middle one of each of its tensors; half precision hardly changes them."
+    """Some weights of `encoder`, such as `model.encoder.tower("image")`, as text; "" if they are not in memory yet.
+
+    It is the middle one of each of its tensors; half precision hardly changes them."""
     weights = [w for _, w in sorted(encoder.state_dict().items()) if w.is_floating_point() and w.numel()]
+    if any(w.is_meta for w in weights): return ""
     middle = torch.stack([w.flatten()[w.numel() // 2].float() for w in weights])
     return " ".join(f"{value:.3g}" for value in middle.tolist())
 
@@ -419,7 +487,7 @@ def check_encoder(self: VisualCache, fingerprint: str):
     if not self.fingerprint or not fingerprint: return
     ours, theirs = (np.array(text.split(), dtype=float) for text in (self.fingerprint, fingerprint))
     if len(ours) != len(theirs) or not np.allclose(ours, theirs, rtol=.02, atol=1e-4):
-        raise ValueError("fingerprint: got another encoder than the one that made this memory (their weights differ)")
+        raise ValueError("fingerprint: got that of another encoder than the one that made this memory")
 
 # %% ../nbs/05_cache.ipynb #90dd7811
 def _record_path(path: Path) -> Path: return path.with_name(path.name + ".json")
@@ -430,9 +498,11 @@ def save(self: VisualCache, path: str | Path):
     "Write the index to `path` and its record (what it holds, how and from whom) to `path` + `.json`, or raise OSError."
     path = Path(path)
     _write_index(self.index, path)
-    factory, search = (use(self.form, len(self)) for use in (_factory, _settings)) if self.form in FORMS else ("", "")
+    known = self.form in FORMS
     record = {"count": len(self), "width": self.width, "made_from": self.made_from, "form": self.form,
-              "factory": factory, "search": search, "fingerprint": self.fingerprint, "bytes": path.stat().st_size}
+              "factory": _factory(self.form, self.width, len(self)) if known else "",
+              "search": _settings(self.form, len(self)) if known else "",
+              "fingerprint": self.fingerprint, "bytes": path.stat().st_size}
     text = json.dumps(record, indent=1) + "\n"
     write_atomically(_record_path(path), lambda part: part.write_text(text))
 
@@ -456,14 +526,14 @@ def load(cls: VisualCache, path: str | Path, mmap: bool = False) -> VisualCache:
     if not path.is_file(): raise FileNotFoundError(f"path: no file {str(path)!r}")
     record, size = _read_record(_record_path(path)), path.stat().st_size
     if size != record.get("bytes", size):
-        raise ValueError(f"path: {str(path)!r} has {size} bytes, its record says {record['bytes']}")
+        raise ValueError(f"path: {str(path)!r} has {size} bytes, wants {record['bytes']!r:.20}, as its record says")
     try: index = _read_index(path, faiss.IO_FLAG_MMAP_IFC if mmap else 0)
     except (RuntimeError, MemoryError) as error:
         raise ValueError(f"path: {str(path)!r} is not a FAISS index") from error
     if not record: return cls(index, path.name)
     if (record.get("count"), record.get("width")) != (index.ntotal, index.d):
-        raise ValueError(f"path: {str(path)!r} holds {index.ntotal} features of width {index.d}, its record says "
-                         f"{record.get('count')} of width {record.get('width')}")
+        raise ValueError(f"path: {str(path)!r} holds {index.ntotal} features of width {index.d}, wants "
+                         f"{record.get('count')!r:.20} of width {record.get('width')!r:.20}, as its record says")
     return cls(index, *(record.get(name, "") for name in ("made_from", "form", "fingerprint")))
 
 # %% ../nbs/05_cache.ipynb #58d33e4e

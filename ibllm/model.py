@@ -26,8 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 import ibllm
 from .bind import BindNetwork
-from .cache import VisualCache
-from .encoders import ImageBind, ImageBindConfig
+from .cache import VisualCache, Whitening, encoder_fingerprint
+from .encoders import TOWER_OF, ImageBind, ImageBindConfig
 from .inputs import InputConfig, Processor, check_fields
 from .llama import GatedInjection, base_model, enable_injection
 from .world import make_folder
@@ -147,11 +147,11 @@ def _fitting_encoder(encoder: ImageBind | None, config: ModelConfig) -> ImageBin
     return encoder
 
 
-def _fitting_cache(cache: VisualCache | None, config: ModelConfig) -> VisualCache | None:
-    "`cache`, if it has the joint space's width."
-    if cache is not None and cache.width != config.encoder.feature_dim:
-        raise ValueError(f"cache: got features of width {cache.width}, wants {config.encoder.feature_dim}")
-    return cache
+def _check_cache(cache: VisualCache, encoder: ImageBind):
+    "Raise ValueError unless `cache` has the width of `encoder`'s joint space, and may come from its image tower."
+    if cache.width != encoder.config.feature_dim:
+        raise ValueError(f"cache: got features of width {cache.width}, wants {encoder.config.feature_dim}")
+    if "vision" in encoder.towers: cache.check_encoder(encoder_fingerprint(encoder.tower("image")))
 
 
 def _padding_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -164,16 +164,16 @@ class ImageBindLLM(nn.Module):
     """Encoders, bind network, gated injection, language model and optional cache as one model (paper §3).
 
     `tokenizer` is the language model's, `text_tokenizer` the text encoder's; without one, text is no input sense.
-    Raises ValueError if `encoder` or `cache` does not fit `config`."""
+    `whitenings` maps modalities to their `Whitening`. ValueError if `encoder` or `cache` does not fit `config`."""
 
     def __init__(self, config: ModelConfig, llm: nn.Module, tokenizer: PreTrainedTokenizerBase,
                  text_tokenizer: PreTrainedTokenizerBase | None = None, encoder: ImageBind | None = None,
                  cache: VisualCache | None = None):
         super().__init__()
         sizes = llm.config.get_text_config()
-        self.config, self.cache, self.tokenizer = config, _fitting_cache(cache, config), _padding_tokenizer(tokenizer)
-        self.processor = Processor(config.inputs, text_tokenizer)
-        self.encoder = _fitting_encoder(encoder, config)
+        self.config, self.tokenizer = config, _padding_tokenizer(tokenizer)
+        self.processor, self.encoder = Processor(config.inputs, text_tokenizer), _fitting_encoder(encoder, config)
+        self.cache, self.whitenings = cache, {}
         self.bind = BindNetwork(config.encoder.feature_dim, sizes.hidden_size, **asdict(config.bind))
         self.injection = GatedInjection(
             sizes.hidden_size, sizes.num_hidden_layers, sizes.num_attention_heads, config.layers)
@@ -184,6 +184,18 @@ class ImageBindLLM(nn.Module):
         super().train(mode)
         self.encoder.eval()
         return self
+
+# %% ../nbs/06_model.ipynb #d2e8b6fb
+@patch(as_prop=True)
+def cache(self: ImageBindLLM) -> VisualCache | None:
+    "The visual cache; giving the model one that does not fit its encoder raises ValueError."
+    return self._cache
+
+
+@patch(set_prop=True)
+def cache(self: ImageBindLLM, cache: VisualCache | None):
+    if cache is not None: _check_cache(cache, self.encoder)
+    self._cache = cache
 
 # %% ../nbs/06_model.ipynb #8694cf59
 def _check_inputs(inputs):
@@ -219,26 +231,69 @@ def _split_weight(modality: str, entry) -> tuple:
 def enhance(self: ImageBindLLM, feature: Tensor, cache: dict | bool | None = None) -> Tensor:
     """`feature` [B, D] after the visual cache, or as it is if `cache` is False, or None and the model has none.
 
-    A dict sets any of k, temperature, weight. Raises ValueError for other keys or values, or if a cache is missing."""
+    A dict sets any of k, temperature, weight, to one value or to one per row. Raises ValueError for other keys or
+    values, or if a cache is missing."""
     if not isinstance(cache, (dict, bool, type(None))):
         raise TypeError(f"cache: got {type(cache).__name__}, wants a dict or a bool")
     if cache is False or cache is None and self.cache is None: return feature
     if self.cache is None: raise ValueError("cache: this model has no memory, wants a `VisualCache` in `model.cache`")
-    settings = asdict(self.config.cache) | (cache if isinstance(cache, dict) else {})
-    return self.cache.enhance(feature, **asdict(_from_dict(CacheConfig, "cache", settings)))
+    usual, own = asdict(self.config.cache), cache if isinstance(cache, dict) else {}
+    if unknown := sorted(map(str, own.keys() - usual.keys())):
+        raise ValueError(f"cache: got unknown keys {unknown}, wants some of {list(usual)}")
+    return self.cache.enhance(feature, **usual | own)
 
 
+# %% ../nbs/06_model.ipynb #d2e8b6f1
+def _split_whiten(cache) -> tuple:
+    "(cache settings, whether to whiten first) of what a request gives as `cache`."
+    if not isinstance(cache, dict): return cache, cache is not False
+    if not isinstance(cache.get("whiten", True), bool):
+        raise ValueError(f"whiten: got {cache['whiten']!r:.60}, wants True or False")
+    rest = {name: value for name, value in cache.items() if name != "whiten"}
+    return rest if rest or not cache else None, cache.get("whiten", True)
+
+
+def _settings_of(modality: str, cache):
+    "What a request's `cache` says about `modality`."
+    return cache.get(modality) if _by_modality(cache) else cache
+
+
+def _by_modality(cache) -> bool:
+    "Whether `cache` has settings for modalities. Raises ValueError if it mixes them with others."
+    named = isinstance(cache, dict) and cache.keys() & TOWER_OF.keys()
+    if named and named != cache.keys():
+        raise ValueError(f"cache: got {list(cache)}, wants either modalities or settings")
+    return bool(named)
+
+
+# %% ../nbs/06_model.ipynb #d2e8b6f2
+@patch
+def _whitened(self: ImageBindLLM, modality: str, feature: Tensor, cache) -> Tensor:
+    "`feature` [B, D], whitened if the model has a `Whitening` for `modality` and the request's `cache` allows it."
+    return self.whitenings[modality](feature) if modality in self.whitenings and _split_whiten(cache)[1] else feature
+
+
+# %% ../nbs/06_model.ipynb #d2e8b6f3
 @patch
 def prepare(self: ImageBindLLM, inputs: dict | None, cache: dict | bool | None = None) -> Tensor | None:
     """The feature [B, D] to inject for `inputs` (modality → source, list, or (source, weight)).
 
-    {} gives the zero feature that text-only instructions were tuned with (paper §4.1); None injects nothing."""
+    {} gives the zero feature that text-only instructions were tuned with (paper §4.1); None injects nothing. `cache` is
+    what `enhance` takes, with `whiten=False` for no whitening; or a dict of such for modalities of `inputs`, which are
+    then enhanced before they are mixed."""
     if inputs is None: return None
     if inputs == {}: return torch.zeros(1, self.config.encoder.feature_dim)
     _check_inputs(inputs)
     entries = {modality: _split_weight(modality, entry) for modality, entry in inputs.items()}
+    each = _by_modality(cache)
+    if each and (absent := sorted(cache.keys() - inputs.keys())):
+        raise ValueError(f"cache: got settings for {absent}, wants some of {list(inputs)}, the inputs")
     features = self.embed({modality: source for modality, (source, _) in entries.items()})
-    return self.enhance(mix(list(features.values()), [weight for _, weight in entries.values()]), cache)
+    features = {m: self._whitened(m, feature, _settings_of(m, cache)) for m, feature in features.items()}
+    if each: features = {m: self.enhance(f, _split_whiten(cache.get(m))[0]) for m, f in features.items()}
+    mixed = mix(list(features.values()), [weight for _, weight in entries.values()])
+    return mixed if each else self.enhance(mixed, _split_whiten(cache)[0])
+
 
 # %% ../nbs/06_model.ipynb #a8c48a53
 @patch
@@ -430,7 +485,7 @@ def check_base(llm: nn.Module, recorded: str | None) -> bool:
 
 # %% ../nbs/06_model.ipynb #ce869694
 PARTS = ("model.safetensors", "llm", "lora", "tokenizer", "text_tokenizer", "cache.index", "cache.index.json",
-         "config.json")
+         "whitenings.safetensors", "config.json")
 
 
 def _move_parts(source: Path, folder: Path):
@@ -439,6 +494,25 @@ def _move_parts(source: Path, folder: Path):
         if old.is_dir(): shutil.rmtree(old)
         if new.exists(): os.replace(new, old)
         else: old.unlink(missing_ok=True)
+
+# %% ../nbs/06_model.ipynb #d2e8b6f8
+def _save_whitenings(whitenings: dict[str, Whitening], path: Path):
+    "Write `whitenings` by modality to `path`."
+    save_file({f"{modality}.{name}": part.cpu().contiguous() for modality, whitening in whitenings.items()
+               for name, part in whitening._asdict().items()}, path)
+
+
+def _load_whitenings(path: Path, width: int) -> dict[str, Whitening]:
+    "The whitenings in `path`; none if there is no such file."
+    if not path.exists(): return {}
+    with loading(f"folder: {str(path)!r}", f"whitenings of width {width}"):
+        parts = load_file(path)
+        found = {m: Whitening(*(parts[f"{m}.{name}"] for name in Whitening._fields))
+                 for m in sorted({name.split(".")[0] for name in parts})}
+        wanted = [(width,), (width, width), (width,)]
+        if any([tuple(part.shape) for part in w] != wanted for w in found.values()): raise ValueError("other shapes")
+    return found
+
 
 # %% ../nbs/06_model.ipynb #cfbe5ee2
 @patch
@@ -453,6 +527,7 @@ def save_pretrained(self: ImageBindLLM, folder: str | Path):
         self.tokenizer.save_pretrained(new / "tokenizer")
         if self.processor.tokenizer is not None: self.processor.tokenizer.save_pretrained(new / "text_tokenizer")
         if self.cache is not None: self.cache.save(new / "cache.index")
+        if self.whitenings: _save_whitenings(self.whitenings, new / "whitenings.safetensors")
         config = self.config.to_dict() | {"fingerprint": base_fingerprint(self.llm)}
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _move_parts(new, folder)
@@ -529,17 +604,18 @@ def from_pretrained(cls: ImageBindLLM, folder: str | Path, device: str = "cpu", 
     """The model saved in `folder`, in evaluation mode on `device`.
 
     `llm_options` (`dtype`, `device_map`, `quantization_config`, …) go to the language model's `from_pretrained`.
-    Raises ValueError for a folder that holds no model, weights that do not fit the configuration, or an `llm/` that is
-    not the language model it was saved with."""
+    Raises ValueError for a folder that holds no model, weights that do not fit the configuration, an `llm/` that is not
+    the language model it was saved with, or a memory that another encoder made."""
     if not isinstance(folder, (str, Path)): raise TypeError(f"folder: got {type(folder).__name__}, wants a path")
     if device is None: raise TypeError("device: got None, wants one such as 'cpu' or 'cuda'")
     folder = Path(folder)
     config, recorded = _read_config(folder)
     llm, tokenizers = _load_llm(folder, device, llm_options), _load_tokenizers(folder)
     check_base(llm, recorded)
-    cache = VisualCache.load(folder / "cache.index") if (folder / "cache.index").exists() else None
-    with torch.device("meta"): model = cls(config, llm, *tokenizers, cache=cache)
+    with torch.device("meta"): model = cls(config, llm, *tokenizers)
     _load_weights(model, folder / "model.safetensors", device)
+    if (folder / "cache.index").exists(): model.cache = VisualCache.load(folder / "cache.index")
+    model.whitenings = _load_whitenings(folder / "whitenings.safetensors", config.encoder.feature_dim)
     return model
 
 # %% ../nbs/06_model.ipynb #7a19890a

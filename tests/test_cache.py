@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import ibllm.cache
-from ibllm.cache import FORMS, Shards, VisualCache, embed_images, encoder_fingerprint, write_shard
+from ibllm.cache import FORMS, Shards, VisualCache, Whitening, embed_images, encoder_fingerprint, write_shard
 
 GOLDEN = Path(__file__).parent / "golden" / "cache_tiny"
 META = json.loads((GOLDEN / "meta.json").read_text())
@@ -169,7 +169,7 @@ def test_every_form_enhances_like_the_exact_one(form, large, away):
 def test_compact_forms_are_compact(large):
     sizes = {form: size_per_feature(VisualCache.build(large, form)) / (4 * 32) for form in FORMS}
     assert sizes["exact"] < 1.01 and sizes["half"] < .51 and sizes["8bit"] < .26
-    assert sizes["ivf-rabitq"] < .6 < 1 < sizes["hnsw"]  # of 32 numbers; what a vector costs beside them is fixed
+    assert sizes["ivf-pq"] < .6 < 1 < sizes["hnsw"]  # of 32 numbers; what a vector costs beside them is fixed
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -368,10 +368,11 @@ def test_fingerprint_tells_encoders_apart_and_survives_half_precision(tmp_path):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         cache.check_encoder(encoder_fingerprint(copy.deepcopy(first).to(dtype)))
     for other in (second, first[:1]):
-        with pytest.raises(ValueError, match="^fingerprint: got another encoder than the one that made this memory"):
+        with pytest.raises(ValueError, match="^fingerprint: got that of another encoder than the one that made"):
             cache.check_encoder(encoder_fingerprint(other))
     cache.check_encoder("")
     VisualCache.build(clustered(9)).check_encoder(encoder_fingerprint(first))
+    assert encoder_fingerprint(copy.deepcopy(first).to("meta")) == ""
 
 
 # The disk
@@ -410,7 +411,8 @@ def test_a_truncated_index_is_refused(form, mmap, tmp_path):
         with pytest.raises(ValueError, match="cut.index' is not a FAISS index$"):
             VisualCache.load(tmp_path / "cut.index", mmap=mmap)
     (tmp_path / "record").rename(tmp_path / "cut.index.json")
-    with pytest.raises(ValueError, match="has .* bytes, its record says"): VisualCache.load(tmp_path / "cut.index")
+    with pytest.raises(ValueError, match="has .* bytes, wants .*, as its record says$"):
+        VisualCache.load(tmp_path / "cut.index")
 
 
 MAPPED = """
@@ -544,7 +546,57 @@ def test_load_refuses(tmp_path):
     VisualCache.build(features()).save(tmp_path / "a.index")
     record = tmp_path / "a.index.json"
     record.write_text(record.read_text().replace('"count": 6', '"count": 7'))
-    with pytest.raises(ValueError, match="holds 6 features of width 16, its record says 7 of width 16$"):
+    with pytest.raises(ValueError, match="holds 6 features of width 16, wants 7 of width 16, as its record says$"):
         VisualCache.load(tmp_path / "a.index")
     faiss.write_index(faiss.IndexFlatIP(4), str(tmp_path / "empty.index"))
     with pytest.raises(ValueError, match="empty memory"): VisualCache.load(tmp_path / "empty.index")
+
+
+# Whitening
+
+def power(matrix, exponent):
+    "Power of a symmetric matrix, to which the mean of its diagonal is added."
+    values, vectors = np.linalg.eigh(matrix + matrix.diagonal().mean() * np.eye(len(matrix)))
+    return vectors @ np.diag(values ** exponent) @ vectors.T
+
+
+def test_whitening_is_its_formula(large, away):
+    whitening, x, m = Whitening.fit(away, large), away.double().numpy(), large.double().numpy()
+    moved = (x - x.mean(0)) @ power(np.cov(x.T), -.5) @ power(np.cov(m.T), .5) + m.mean(0)
+    expected = F.normalize(torch.from_numpy(moved), dim=1).float()
+    assert torch.allclose(whitening(away), expected, atol=1e-5)
+    assert torch.allclose(torch.cat([whitening(row[None]) for row in away]), whitening(away), atol=1e-6)
+
+
+def test_whitening_gives_a_sense_the_mean_and_spread_of_the_memory(large, away):
+    gap = (away.mean(0) - large.mean(0)).norm()
+    moved = Whitening.fit(away, large)(away)
+    assert (moved.mean(0) - large.mean(0)).norm() < .2 * gap
+    assert (torch.cov(moved.T) - torch.cov(large.T)).norm() < (torch.cov(away.T) - torch.cov(large.T)).norm()
+    same = Whitening.fit(large, large)(large)
+    assert F.cosine_similarity(same, large).min() > .999  # nothing to correct
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_whitening_takes_the_memory_in_any_form(form, large, away):
+    expected = Whitening.fit(away, large)(away)
+    assert F.cosine_similarity(Whitening.fit(away, VisualCache.build(large, form))(away), expected).min() > .999
+
+
+def test_whitening_keeps_dtype(large, away):
+    assert Whitening.fit(away, large)(away.half()).dtype == torch.float16
+
+
+@pytest.mark.parametrize("features, memory, message", [
+    (clustered(31), clustered(99), "^features: got 31, wants at least 32, one for each of their dimensions$"),
+    (clustered(99, width=16), clustered(99), "^features: got width 16, wants 32, the width of this memory$"),
+    (clustered(99) / 0, clustered(99), "^features: got NaN or infinite values in row 0"),
+    (clustered(99), torch.ones(4), r"^memory: got \(4,\), wants a tensor"),
+    ([[1.]], clustered(99), "^features: got list, wants a tensor")])
+def test_whitening_refuses(features, memory, message):
+    with pytest.raises(ValueError, match=message) as error: Whitening.fit(features, memory)
+    assert "\n" not in str(error.value)
+
+
+def test_whitening_refuses_features_of_another_width(large, away):
+    with pytest.raises(ValueError, match="^feature: got width 16, wants 32"): Whitening.fit(away, large)(features(2))

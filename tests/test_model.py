@@ -16,7 +16,7 @@ from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
                           StoppingCriteria)
 
 import ibllm
-from ibllm.cache import VisualCache
+from ibllm.cache import VisualCache, Whitening, encoder_fingerprint
 from ibllm.encoders import AudioConfig, ImageBind, ImageBindConfig, IMUConfig, TextConfig, VisionConfig
 from ibllm.inputs import InputConfig
 from ibllm.llama import base_model
@@ -201,6 +201,121 @@ def test_cache_is_used_unless_switched_off(cached):
     assert torch.allclose(prototype, cached.cache.enhance(raw, k=5, weight=1.0))
 
 
+def test_settings_for_each_row_of_a_request(cached):
+    pictures, prompts = [image(0), image(1), image(2)], ["what is this ?"] * 3
+    each = dict(k=[1, 3, 30], temperature=[0., 20., 100.], weight=[0., .5, 1.])
+    together = cached.prepare({"image": pictures}, each)
+    alone = [cached.prepare({"image": p}, {name: each[name][i] for name in each}) for i, p in enumerate(pictures)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    assert cached.generate({"image": pictures}, prompts, cache=each) == [
+        cached.generate({"image": p}, prompts[0], cache={name: each[name][i] for name in each})[0]
+        for i, p in enumerate(pictures)]
+
+
+def test_settings_for_each_modality(cached):
+    one, two = {"image": image()}, {"image": image(), "audio": (sound(), 8000)}
+    settings = dict(k=3, temperature=5., weight=.9)
+    assert torch.allclose(cached.prepare(one, {"image": settings}), cached.prepare(one, settings), atol=1e-5)
+    raw = cached.embed(two)
+    wanted = mix([cached.enhance(raw["image"], settings), cached.enhance(raw["audio"])], [1, 1])
+    assert torch.allclose(cached.prepare(two, {"image": settings}), wanted, atol=1e-5)
+    wanted = mix([raw["image"], cached.enhance(raw["audio"], settings)], [1, 3])
+    weighted = {"image": (image(), 1), "audio": ((sound(), 8000), 3)}
+    found = cached.prepare(weighted, {"image": False, "audio": settings})
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert cached.generate(weighted, "what is this ?", cache={"image": False, "audio": settings}) == cached.answer(
+        found, "what is this ?")
+    pieces = cached.stream(weighted, "what is this ?", cache={"image": False, "audio": settings})
+    assert "".join(pieces).strip() == cached.answer(found, "what is this ?")[0]
+
+
+# --- whitening --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def whitened():
+    model = make_model(cache=VisualCache.build(features(30, seed=1)))
+    model.whitenings = {"audio": Whitening.fit(features(90, seed=2), model.cache)}
+    return model
+
+
+def test_whitening_comes_before_mixture_and_cache(whitened):
+    two = {"image": image(), "audio": (sound(), 8000)}
+    raw = whitened.embed(two)
+    moved = whitened.whitenings["audio"](raw["audio"])
+    mixed, plain = mix([raw["image"], moved], [1, 1]), mix(list(raw.values()), [1, 1])
+    for cache, wanted in ((None, whitened.enhance(mixed)), (False, plain), (dict(weight=0), F.normalize(mixed, dim=1)),
+                          (dict(whiten=False), whitened.enhance(plain)),
+                          (dict(whiten=False, k=2), whitened.enhance(plain, dict(k=2))),
+                          ({"audio": dict(whiten=False), "image": False},
+                           mix([raw["image"], whitened.enhance(raw["audio"])], [1, 1])),
+                          ({"audio": dict(k=2)}, mix([whitened.enhance(raw["image"]),
+                                                      whitened.enhance(moved, dict(k=2))], [1, 1]))):
+        assert torch.allclose(whitened.prepare(two, cache), wanted, atol=1e-5), cache
+
+
+def test_whitening_is_off_by_default_and_saved_if_given(whitened, tmp_path):
+    assert make_model().whitenings == {}
+    whitened.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    request = {"audio": (sound(), 8000)}
+    assert torch.equal(again.prepare(request), whitened.prepare(request))
+    assert list(again.whitenings) == ["audio"]
+    again.whitenings = {}
+    again.save_pretrained(tmp_path)
+    assert load(tmp_path).whitenings == {} and not (tmp_path / "whitenings.safetensors").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", {"audio.mean": torch.ones(24)},
+                                     {f"audio.{name}": torch.ones(3) for name in ("mean", "matrix", "centre")}])
+def test_broken_whitenings_are_refused(content, whitened, tmp_path):
+    whitened.save_pretrained(tmp_path)
+    path = tmp_path / "whitenings.safetensors"
+    if isinstance(content, bytes): path.write_bytes(content)
+    else: save_file(content, path)
+    with pytest.raises(ValueError, match="whitenings.safetensors' cannot be loaded as whitenings of width 24") as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+# --- the memory's encoder ---------------------------------------------------------------------------------------------
+
+def test_a_memory_of_another_image_tower_is_refused(tmp_path):
+    model, message = make_model(), "^fingerprint: got that of another encoder than the one that made this memory$"
+    known = VisualCache.build(features(9), fingerprint=encoder_fingerprint(model.encoder.tower("image")))
+    unknown = VisualCache.build(features(9))
+    torch.manual_seed(7)
+    other = ImageBindLLM(config(), model.llm, tokenizer())
+    for cache in (known, unknown, None): model.cache = cache
+    for cache in (unknown, None): other.cache = cache
+    with pytest.raises(ValueError, match=message): other.cache = known
+    assert other.cache is None
+    with pytest.raises(ValueError, match=message):
+        ImageBindLLM(config(), model.llm, tokenizer(), encoder=other.encoder, cache=known)
+    assert ImageBindLLM(config(), model.llm, tokenizer(), encoder=model.encoder, cache=known).cache is known
+    other.save_pretrained(tmp_path)
+    known.save(tmp_path / "cache.index")
+    with pytest.raises(ValueError, match=message): load(tmp_path)
+    unknown.save(tmp_path / "cache.index")
+    assert load(tmp_path).cache.fingerprint == ""
+
+
+def test_the_other_towers_do_not_matter_to_the_memory(tmp_path):
+    model = make_model()
+    model.cache = VisualCache.build(features(9), fingerprint=encoder_fingerprint(model.encoder.tower("image")))
+    for p in model.encoder.tower("audio").parameters(): torch.nn.init.normal_(p)
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path).cache.fingerprint == model.cache.fingerprint
+    assert model.bfloat16().cache is not None
+    model.cache = model.cache  # half precision is the same tower
+
+
+def test_shipped_memory_names_the_shipped_image_tower():
+    model = load("toyland")
+    assert model.cache.fingerprint == encoder_fingerprint(model.encoder.tower("image")) != ""
+    for p in model.encoder.tower("image").parameters(): p.data.mul_(1.5)
+    with pytest.raises(ValueError, match="^fingerprint: got that of another encoder"): model.cache = model.cache
+
+
 def test_a_tokenizer_without_padding_gets_one():
     plain = tokenizer()
     plain.pad_token = None
@@ -371,6 +486,16 @@ BAD = {
     "k above the memory": (lambda m: m.generate({"image": image()}, "hi", cache=dict(k=31)), ValueError, "^k: got 31"),
     "unknown cache setting": (lambda m: m.generate({"image": image()}, "hi", cache=dict(size=3)), ValueError,
                               r"^cache: got unknown keys \['size'\]"),
+    "settings of an absent modality": (lambda m: m.generate({"image": image()}, "hi", cache={"audio": False}),
+                                       ValueError, r"^cache: got settings for \['audio'\], wants some of \['image'\]"),
+    "settings and modalities": (lambda m: m.generate({"image": image()}, "hi", cache={"image": False, "k": 3}),
+                                ValueError, r"^cache: got \['image', 'k'\], wants either modalities or settings"),
+    "settings of a modality": (lambda m: m.generate({"image": image()}, "hi", cache={"image": 3}), TypeError,
+                               "^cache: got int, wants a dict or a bool"),
+    "whiten": (lambda m: m.generate({"image": image()}, "hi", cache=dict(whiten=3)), ValueError,
+               "^whiten: got 3, wants True or False"),
+    "weight in words": (lambda m: m.generate({"image": image()}, "hi", cache=dict(weight="half")), ValueError,
+                        "^weight: got half, wants a number from 0 to 1"),
     "cache of another type": (lambda m: m.generate({"image": image()}, "hi", cache=10), TypeError, "^cache: got int"),
     "misspelt option": (lambda m: m.generate({}, "hi", max_new_token=3), ValueError, "max_new_token"),
 }
