@@ -158,7 +158,7 @@ FORMS = {
     "half": Form("SQfp16", "", "half the memory, the same answers, still every vector compared"),
     "8bit": Form("SQ8", "", "a quarter of the memory, nearly the same answers, still every vector compared"),
     "ivf-8bit": Form("IVF{few},SQ8", "nprobe={probes}", "a quarter of the memory, the nearest cells compared"),
-    "ivf-pq": Form("PCAR{main},IVF{lists},PQ{main}x4fs,Refine(SQ6)", "nprobe={probes},k_factor_rf=20",
+    "ivf-pq": Form("PCAR{main},IVF{lists},PQ{main}x4fs,Refine(SQ6)", "nprobe={probes},k_factor_rf=40",
                    "a quarter of the memory: 4-bit codes of the nearest cells find candidates, 6-bit codes decide"),
     "hnsw": Form("HNSW32", "", "the published choice: quick, more than full memory, slow to build"),
 }
@@ -178,7 +178,7 @@ def _factory(form: str, width: int, count: int) -> str:
 
 
 def _settings(form: str, count: int) -> str:
-    return FORMS[form].search.format(probes=max(64, round(100 * _count_lists(count) / count ** .5)))
+    return FORMS[form].search.format(probes=max(64, round(110 * _count_lists(count) / count ** .5)))
 
 
 def _empty_index(form: str, width: int, count: int) -> faiss.Index:
