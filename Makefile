@@ -1,9 +1,9 @@
 # make reproduce   run the walkthrough's first five notebooks at full length: trains everything, refreshes data/ and
-#                  figures/, prints the answers (the sixth writes a file of 5 GB; the seventh is for the hand)
+#                  figures/, prints the answers (the sixth writes a file of 5 GB, the seventh is for the hand, the eighth wants 18 GB)
 # make experiments run nbs/experiments at full length with the shipped weights, two notebooks at a time: about an hour
 # make test        every test and every notebook, with shortened training (IBLLM_QUICK=1, set in conftest.py)
 # make check       the quick part of it: the tests without the notebooks
-# make test-oldest the same with the oldest releases that settings.ini admits, in .venv-oldest; Python 3.10
+# make test-oldest the same with the oldest releases that settings.ini admits, in .venv-oldest; wants PYTHON=python3.10
 # make lab         open the walkthrough in JupyterLab
 # make explore     open the explorer as a page of its own, without a notebook around it
 # make readme      write README.md from nbs/index.ipynb

@@ -390,7 +390,7 @@ def generate(self: ImageBindLLM, inputs: dict | None, prompts, cache: dict | boo
     """Texts for `inputs` and `prompts`: `prepare`, then `answer`.
 
     `inputs` maps a modality to a source, a list of sources, or (source, weight); several modalities are mixed; {} is
-    a request in words alone (the zero feature), None the language model without any injection. `cache` as in `enhance`,
+    a request in words alone (the zero feature), None the language model without any injection. `cache` as in `prepare`,
     `scale` as in `gated_values`; `options` go to Hugging Face's `generate`."""
     return self.answer(self.prepare(inputs, cache), prompts, scale, **options)
 
