@@ -522,6 +522,7 @@ def load(cls: VisualCache, path: str | Path, mmap: bool = False) -> VisualCache:
     """The memory saved at `path`, or any FAISS index that can reconstruct its vectors; `mmap` leaves them in the file.
 
     Raises FileNotFoundError, or ValueError for a file that is no FAISS index, not whole, or at odds with its record."""
+    if not isinstance(path, (str, Path)): raise TypeError(f"path: got {type(path).__name__}, wants the path of a file")
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"path: no file {str(path)!r}")
     record, size = _read_record(_record_path(path)), path.stat().st_size

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from .world import (ATTRIBUTES, AUDIO_RATE, CARRIES, Things, project_folder,
-                         write_atomically)
+from .world import (
+    ATTRIBUTES, AUDIO_RATE, CARRIES, Things, check_name, project_folder, write_atomically)
 
 # %% ../nbs/10_figures.ipynb #d925d61d
 SENSE_COLOURS = dict(image="#0072B2", video="#56B4E9", text="#000000", audio="#D55E00",
@@ -38,7 +38,10 @@ def style():
 
 # %% ../nbs/10_figures.ipynb #06f2b7e9
 def save_figure(figure: Figure, name: str, folder: Path | None = None) -> Path:
-    "Write `figure` as `NAME.pdf` and `NAME.png`, without dates to `figures` or `folder`; returns the path of the PNG."
+    """Write `figure` as `NAME.pdf` and `NAME.png`, without dates, to `figures` or `folder`; returns the PNG's path.
+
+    Raises ValueError for a name that no file can have."""
+    check_name(name)
     folder = folder or project_folder() / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     for kind, metadata in dict(pdf={"CreationDate": None}, png={"Software": None}).items():

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ibllm
-from ibllm import checkpoints, evaluation, llama, training, world
+from ibllm import checkpoints, evaluation, figures, llama, training, world
 from ibllm.bind import BindNetwork
 from ibllm.cache import VisualCache
 from ibllm.encoders import TowerConfig, VisionConfig
@@ -171,6 +171,8 @@ CALLS = [
     *[("name: ", lambda n=n: world.write_files({"image": BALL[None]}, place(), n)) for n in NO_NAMES],
     *[("name: ", lambda n=n: evaluation.save_results(n, {}, 0, place())) for n in NO_NAMES],
     *[("name: ", lambda n=n: evaluation.load_results(n, place())) for n in NO_NAMES],
+    *[("name: ", lambda n=n: figures.save_figure(None, n, place())) for n in NO_NAMES],
+    *[("path: ", lambda path=path: VisualCache.load(path)) for path in (None, 5, [])],
     *[("values: ", lambda v=v: evaluation.save_results("tiny", dict(a=v), 0, place())) for v in NO_JSON],
     *[("values: ", lambda v=v: evaluation.summary([v])) for v in ("1", None, float("nan"), float("inf"))],
     ("captions: ", lambda: evaluation.score_captions([None] * 3, things)),
