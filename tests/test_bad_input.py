@@ -81,7 +81,7 @@ CACHES = [("cache: ", "yes"), ("cache: ", 5), ("cache: ", dict(j=1)), ("k: ", di
           ("k: ", dict(k=-1)), ("k: ", dict(k=1.5)), ("k: ", dict(k="3")), ("k: ", dict(k=None)),
           ("temperature: ", dict(temperature=float("nan"))),
           ("temperature: ", dict(temperature="hot")), ("weight: ", dict(weight=2)), ("weight: ", dict(weight=-1)),
-          ("weight: ", dict(weight=float("nan"))), ("weight: ", dict(weight=[.5]))]
+          ("weight: ", dict(weight=float("nan"))), ("weight: ", dict(weight=[.5, .5]))]
 REQUESTS = [("prompts: ", ({}, prompt)) for prompt in PROMPTS]
 REQUESTS += [(says, ({"image": entry}, ASK)) for says, entry in ENTRIES]
 REQUESTS += [("weights: ", ({"image": (BALL, weight)}, ASK)) for weight in WEIGHTS]

@@ -474,7 +474,8 @@ def test_settings_for_each_row_are_calls_of_their_own(seed, data):
     each = dict(k=draw(st.integers(1, 30)), temperature=draw(st.floats(0, 100)), weight=draw(st.floats(0, 1)))
     together = cache.enhance(query, **each)
     alone = [cache.enhance(query[i:i + 1], *(each[name][i] for name in each)) for i in range(4)]
-    assert torch.allclose(together, torch.cat(alone), atol=1e-6)
+    # A similarity is rounded to 6e-8, and the softmax multiplies that by a temperature of up to 100.
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
 
 
 # Bad input
