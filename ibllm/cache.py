@@ -92,14 +92,16 @@ def _check_k(k, rows: int, count: int) -> Tensor:
     wants = f"an integer from 1 to {count}, the number of features in the memory"
     return _per_row(k, "k", rows, wants, lambda k: (k >= 1) & (k <= count) & (k == k.round()))
 
+# %% ../nbs/05_cache.ipynb #blas0002
+faiss.cvar.distance_compute_blas_threshold = min(4096, faiss.cvar.distance_compute_blas_threshold)
+
 # %% ../nbs/05_cache.ipynb #5aba93c1
 def _neighbours(cache: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     "Ids, similarities [B, k] and vectors [B, k, D] of the `k` memories most similar to each row of `query`."
+    if cache.searcher: ids = cache.searcher.search(query.numpy(), k)[1]
     try:
-        if cache.searcher is None: _, ids, vectors = cache.index.search_and_reconstruct(query.numpy(), k)
-        else:
-            _, ids = cache.searcher.search(query.numpy(), k)
-            vectors = cache.index.reconstruct_batch(ids.clip(0).ravel()).reshape(*ids.shape, cache.width)
+        if cache.searcher: vectors = cache.index.reconstruct_batch(ids.clip(0).ravel()).reshape(*ids.shape, cache.width)
+        else: _, ids, vectors = cache.index.search_and_reconstruct(query.numpy(), k)
     except RuntimeError as error:
         raise ValueError(f"index: {type(cache.index).__name__} cannot give its vectors back") from error
     if (ids < 0).any(): raise ValueError(f"k: the index found fewer than {k} neighbours; lower k or raise its nprobe")
@@ -155,12 +157,12 @@ class Form(NamedTuple):
 
 FORMS = {
     "exact": Form("Flat", "", "the reference: every vector in full, every vector compared"),
-    "half": Form("SQfp16", "", "half the memory, the same answers, still every vector compared"),
-    "8bit": Form("SQ8", "", "a quarter of the memory, nearly the same answers, still every vector compared"),
+    "half": Form("SQfp16", "", "half the memory, the same answers, every vector compared anew for every query"),
+    "8bit": Form("SQ8", "", "a quarter of the memory, nearly the same answers, every vector compared anew"),
     "ivf-8bit": Form("IVF{few},SQ8", "nprobe={probes}", "a quarter of the memory, the nearest cells compared"),
     "ivf-pq": Form("PCAR{main},IVF{lists},PQ{main}x4fs,Refine(SQ6)", "nprobe={probes},k_factor_rf=40",
                    "a quarter of the memory: 4-bit codes of the nearest cells find candidates, 6-bit codes decide"),
-    "hnsw": Form("HNSW32", "", "the published choice: quick, more than full memory, slow to build"),
+    "hnsw": Form("HNSW32", "", "the published choice: quick, as it stops early; more than full memory, slow to build"),
 }
 LARGE = 100_000  # features; above this, `build` takes COMPACT unless told otherwise
 COMPACT = "ivf-pq"
@@ -178,7 +180,7 @@ def _factory(form: str, width: int, count: int) -> str:
 
 
 def _settings(form: str, count: int) -> str:
-    return FORMS[form].search.format(probes=max(64, round(110 * _count_lists(count) / count ** .5)))
+    return FORMS[form].search.format(probes=max(64, round(128 * _count_lists(count) / count ** .5)))
 
 
 def _empty_index(form: str, width: int, count: int) -> faiss.Index:
@@ -191,11 +193,15 @@ def _empty_index(form: str, width: int, count: int) -> faiss.Index:
 
 
 # %% ../nbs/05_cache.ipynb #078222f7
+def _shard_path(folder: str | Path, number: int) -> Path: return Path(folder) / f"{number:06d}.safetensors"
+
+
 def write_shard(features: Tensor, folder: str | Path, number: int) -> Path:
-    "Write `features` [n, D] to `folder` as shard `number`, in their own precision; the path of the file."
-    path = Path(folder) / f"{number:06d}.safetensors"
+    "Write `features` [n, D] to `folder` as shard `number`, in their own precision; the path of the file, or OSError."
+    path = _shard_path(folder, number)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda part: save_file({"features": features.contiguous()}, part))
+    try: write_atomically(path, lambda part: save_file({"features": features.contiguous()}, part))
+    except SafetensorError as error: raise OSError(f"folder: cannot write {str(path)!r}: {error}") from error
     return path
 
 
@@ -211,14 +217,15 @@ def _read_shard(path: Path) -> Tensor:
 class Shards(Sequence):
     """The features in `folder`, a sequence of tensors [n, D]: its `.safetensors` and `.npy` files in order of name.
 
-    A safetensors file holds one tensor named `features`, an npy file one array. Raises ValueError if there is none, or
-    if `embed_images` has not finished there."""
+    A safetensors file holds one tensor named `features`, an npy file one array. Of a folder that `embed_images` wrote,
+    only its own files count. Raises ValueError if there is none, or if `embed_images` has not finished there."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.paths = sorted(path for path in self.folder.glob("*") if path.suffix in (".safetensors", ".npy"))
         self.record = _read_record(self.folder / "shards.json")
         wanted = self.record.get("shards", len(self.paths) or 1)
+        if self.record: self.paths = [path for n in range(wanted) if (path := _shard_path(folder, n)).exists()]
         if len(self.paths) < wanted:
             raise ValueError(f"features: folder {self.folder.name!r} holds {len(self.paths)} shards, wants {wanted}")
 
@@ -299,26 +306,29 @@ def _sample(parts: Sequence[Tensor], count: int, size: int) -> Tensor:
     return F.normalize(torch.cat(drawn), dim=1)
 
 # %% ../nbs/05_cache.ipynb #dd0202e0
-def _write_index(index: faiss.Index, path: Path):
-    "Write `index` to `path`, completely or not at all. Raises OSError, a full disk included."
-    def write(part):
-        with open(part, "wb") as file: faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
-    try: write_atomically(path, write)
+@contextmanager
+def _writing(path: Path):
+    "What fails in here, on a full disk for example, is an OSError that names `path`."
+    try: yield
     except OSError as error:
         raise OSError(error.errno, f"path: cannot write {str(path)!r}: {error.strerror}") from error
 
 
+def _write_index(index: faiss.Index, path: Path):
+    with open(path, "wb") as file: faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+
+
 def _unfinished(path: Path, form: str, width: int, count: int, sample: Tensor) -> Path:
     "Where a build of these features keeps what it has so far."
-    digest = hashlib.sha256(f"{_factory(form, width, count)} {count} {CHUNK}".encode())
+    digest = hashlib.sha256(f"{_factory(form, width, count)} {_settings(form, count)} {count} {CHUNK}".encode())
     digest.update(sample.numpy())
     return path.with_name(f"{path.name}.{digest.hexdigest()[:16]}.building")
 
 # %% ../nbs/05_cache.ipynb #e8acf282
 def _clear(path: Path):
     "Delete what builds of `path`, killed ones too, left beside it."
-    for leftover in path.parent.glob(f"{path.name}.*"):
-        if leftover.suffix in (".building", ".part"):
+    for leftover in path.parent.iterdir():
+        if leftover.name.startswith(f"{path.name}.") and leftover.suffix in (".building", ".part"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
@@ -342,7 +352,7 @@ def _fill(index: faiss.Index, parts: Sequence[Tensor], building: Path | None, co
             bar.update(len(chunk))
             if building and time.monotonic() - saved >= 20 * seconds:
                 begin = time.monotonic()
-                _write_index(index, building)
+                with _writing(building): write_atomically(building, lambda part: _write_index(index, part))
                 saved = time.monotonic()
                 seconds = saved - begin
 
@@ -373,8 +383,8 @@ def build(cls: VisualCache, features: Tensor | str | Path | Iterable[Tensor], fo
 
     `form` is a name in `FORMS`; None is "exact" up to `LARGE` features and `COMPACT` above. With `path` the memory is
     saved there, and a build that was killed goes on where it was. The same features, threads and machine give the same
-    bytes (`hnsw` on one thread only). Raises ValueError for features that are not finite, zero or of unequal width, and
-    OSError if `path` cannot be written."""
+    bytes (`hnsw` on one thread only). Raises ValueError for an unknown `form`, no features, or such as are not finite,
+    zero or of unequal width, and OSError if `path` cannot be written."""
     path = None if path is None else Path(path)
     with _opened(features, path) as parts:
         count, width = _extent(parts)
@@ -446,18 +456,29 @@ def embed_images(images: str | Path | Sequence, encode: Callable[[list], Tensor]
 
     `images` is a folder, read in order of path, or a list of anything; `encode` turns `batch` of them at a time into
     features [n, D]. A process with its own `rank` of `world_size` takes every `world_size`-th piece of `size` images;
-    called again after a crash it makes what is missing. Raises ValueError if `folder` holds other images' features."""
+    called again after a crash it makes what is missing. Raises ValueError if `folder` holds other images' features, or
+    if `encode` does not give one finite feature for each image; OSError if `folder` cannot be written."""
     if isinstance(images, (str, Path)):
         images = sorted(path for path in Path(images).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     pieces = [images[start:start + size] for start in range(0, len(images), size)]
     _claim(Path(folder), pieces, fingerprint)
     for number in tqdm(range(rank, len(pieces), world_size), delay=5, unit="shard"):
-        if (Path(folder) / f"{number:06d}.safetensors").exists(): continue
-        piece = pieces[number]
-        features = [encode(list(piece[start:start + batch])) for start in range(0, len(piece), batch)]
-        write_shard(torch.cat([part.detach().cpu() for part in features]), folder, number)
+        if _shard_path(folder, number).exists(): continue
+        piece, first = pieces[number], number * size
+        features = [_encoded(encode, list(piece[start:start + batch]), first + start)
+                    for start in range(0, len(piece), batch)]
+        write_shard(torch.cat(features), folder, number)
 
 # %% ../nbs/05_cache.ipynb #169609fa
+def _encoded(encode: Callable[[list], Tensor], images: list, first: int) -> Tensor:
+    "The features of `images`, in main memory; `first` is the number of the first of them."
+    features = encode(images)
+    _check_features(features, "encode", rows=range(first, first + len(images)))
+    if len(features) != len(images):
+        raise ValueError(f"encode: got {len(features)} features of {len(images)} images, wants one for each")
+    return features.detach().cpu()
+
+
 def _claim(folder: Path, pieces: list, fingerprint: str):
     "Record in `folder` what its shards are made from. Raises ValueError if that is something else."
     if not pieces: raise ValueError("images: got none, wants a folder with pictures or a list of images")
@@ -465,7 +486,8 @@ def _claim(folder: Path, pieces: list, fingerprint: str):
     record = dict(shards=len(pieces), size=len(pieces[0]), images=sum(map(len, pieces)),
                   names=hashlib.sha256(names.encode()).hexdigest()[:16], fingerprint=fingerprint)
     path = folder / "shards.json"
-    if path.exists() and _read_record(path) != record:
+    if path.exists():
+        if _read_record(path) == record: return
         raise ValueError(f"folder: {folder.name!r} holds features of other images, encoder or size; wants an empty one")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
@@ -481,38 +503,71 @@ def encoder_fingerprint(encoder: nn.Module) -> str:
     return " ".join(f"{value:.3g}" for value in middle.tolist())
 
 
+def _numbers(fingerprint: str) -> np.ndarray:
+    try: return np.array(fingerprint.split(), dtype=float)
+    except ValueError as error:
+        raise ValueError(f"fingerprint: got {fingerprint!r:.60}, wants what `encoder_fingerprint` gives") from error
+
+
 @patch
 def check_encoder(self: VisualCache, fingerprint: str):
     "Raise ValueError if an encoder other than that of `fingerprint` made this memory; '' is unknown, and passes."
     if not self.fingerprint or not fingerprint: return
-    ours, theirs = (np.array(text.split(), dtype=float) for text in (self.fingerprint, fingerprint))
+    ours, theirs = _numbers(self.fingerprint), _numbers(fingerprint)
     if len(ours) != len(theirs) or not np.allclose(ours, theirs, rtol=.02, atol=1e-4):
         raise ValueError("fingerprint: got that of another encoder than the one that made this memory")
 
 # %% ../nbs/05_cache.ipynb #90dd7811
+EDGE = 65_536  # bytes
+
+
 def _record_path(path: Path) -> Path: return path.with_name(path.name + ".json")
+
+
+def _digest(path: Path) -> str:
+    "What tells the file at `path` from another memory of equal size, not all of it read: its first and last bytes."
+    with open(path, "rb") as file:
+        edges = file.read(EDGE)
+        file.seek(max(0, path.stat().st_size - EDGE))
+        edges += file.read()
+    return hashlib.sha256(edges).hexdigest()[:16]
+
+
+def _search_settings(index: faiss.Index) -> str:
+    "What `index` says of its search, in FAISS's words."
+    lists = faiss.try_extract_index_ivf(index)
+    values = dict(nprobe=lists.nprobe) if lists else {}
+    if hasattr(index, "k_factor"): values["k_factor_rf"] = index.k_factor
+    if hasattr(index, "hnsw"): values["efSearch"] = index.hnsw.efSearch
+    return ",".join(f"{name}={value:g}" for name, value in values.items())
+
+
+def _record_of(cache: VisualCache, path: Path) -> dict:
+    "What is said of `cache`, whose index is in the file at `path`."
+    factory = _factory(cache.form, cache.width, len(cache)) if cache.form in FORMS else ""
+    return {"count": len(cache), "width": cache.width, "made_from": cache.made_from, "form": cache.form,
+            "factory": factory, "search": _search_settings(cache.index), "fingerprint": cache.fingerprint,
+            "bytes": path.stat().st_size, "digest": _digest(path)}
 
 # %% ../nbs/05_cache.ipynb #57cc90ca
 @patch
 def save(self: VisualCache, path: str | Path):
     "Write the index to `path` and its record (what it holds, how and from whom) to `path` + `.json`, or raise OSError."
     path = Path(path)
-    _write_index(self.index, path)
-    known = self.form in FORMS
-    record = {"count": len(self), "width": self.width, "made_from": self.made_from, "form": self.form,
-              "factory": _factory(self.form, self.width, len(self)) if known else "",
-              "search": _settings(self.form, len(self)) if known else "",
-              "fingerprint": self.fingerprint, "bytes": path.stat().st_size}
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(_record_path(path), lambda part: part.write_text(text))
+    def write_both(record):  # both are on the disk before either is moved to its place
+        def write(part):
+            _write_index(self.index, part)
+            record.write_text(json.dumps(_record_of(self, part), indent=1) + "\n")
+        write_atomically(path, write)
+    with _writing(path): write_atomically(_record_path(path), write_both)
 
 # %% ../nbs/05_cache.ipynb #e2dab718
 def _read_index(path: Path, flags: int) -> faiss.Index:
-    "The index in `path`. FAISS believes what a file claims, so it is told that no part is larger than the file."
-    bounded = hasattr(faiss, "set_deserialization_vector_byte_limit")  # old releases of faiss-gpu lack it
-    if not bounded: return faiss.read_index(str(path), flags)
+    """The index in `path`. FAISS believes what a file claims, so it is told that no part is larger than the file.
+
+    Than 256 MB, if the file is smaller: the tables that FAISS computes on reading count, too."""
     usual = faiss.get_deserialization_vector_byte_limit()
-    faiss.set_deserialization_vector_byte_limit(path.stat().st_size)
+    faiss.set_deserialization_vector_byte_limit(max(path.stat().st_size, 2 ** 28))
     try: return faiss.read_index(str(path), flags)
     finally: faiss.set_deserialization_vector_byte_limit(usual)
 
@@ -528,6 +583,8 @@ def load(cls: VisualCache, path: str | Path, mmap: bool = False) -> VisualCache:
     record, size = _read_record(_record_path(path)), path.stat().st_size
     if size != record.get("bytes", size):
         raise ValueError(f"path: {str(path)!r} has {size} bytes, wants {record['bytes']!r:.20}, as its record says")
+    if "digest" in record and record["digest"] != _digest(path):
+        raise ValueError(f"path: {str(path)!r} is not the file that its record was written for; build it again")
     try: index = _read_index(path, faiss.IO_FLAG_MMAP_IFC if mmap else 0)
     except (RuntimeError, MemoryError) as error:
         raise ValueError(f"path: {str(path)!r} is not a FAISS index") from error
@@ -535,7 +592,10 @@ def load(cls: VisualCache, path: str | Path, mmap: bool = False) -> VisualCache:
     if (record.get("count"), record.get("width")) != (index.ntotal, index.d):
         raise ValueError(f"path: {str(path)!r} holds {index.ntotal} features of width {index.d}, wants "
                          f"{record.get('count')!r:.20} of width {record.get('width')!r:.20}, as its record says")
-    return cls(index, *(record.get(name, "") for name in ("made_from", "form", "fingerprint")))
+    words = [record.get(name, "") for name in ("made_from", "form", "fingerprint")]
+    if not all(isinstance(word, str) for word in words):
+        raise ValueError(f"path: the record of {str(path)!r} holds something else than text about its origin")
+    return cls(index, *words)
 
 # %% ../nbs/05_cache.ipynb #58d33e4e
 @patch

@@ -190,6 +190,20 @@ def test_every_form_survives_the_disk(form, large, away, tmp_path):
         assert torch.equal(again.enhance(away), cache.enhance(away)) and again.form == form
 
 
+@pytest.mark.parametrize("form", ["ivf-8bit", "ivf-pq", "hnsw"])
+@pytest.mark.parametrize("count, width", [(1, 8), (300, 32), (700, 32), (3000, 64), (4200, 128)])
+def test_whatever_was_saved_can_be_loaded(form, count, width, tmp_path):
+    VisualCache.build(clustered(count, width), form, path=tmp_path / "a.index")
+    for mmap in (False, True): assert len(VisualCache.load(tmp_path / "a.index", mmap=mmap)) == count
+
+
+def test_the_record_says_how_this_memory_is_searched(large, tmp_path):
+    cache = VisualCache.build(large[:2000], "ivf-pq")
+    faiss.ParameterSpace().set_index_parameters(cache.index, "nprobe=7,k_factor_rf=3")
+    cache.save(tmp_path / "a.index")
+    assert json.loads((tmp_path / "a.index.json").read_text())["search"] == "nprobe=7,k_factor_rf=3"
+
+
 def test_form_by_default(large, monkeypatch):
     monkeypatch.setattr(ibllm.cache, "LARGE", 5999)
     assert VisualCache.build(large).form == ibllm.cache.COMPACT
@@ -375,6 +389,29 @@ def test_fingerprint_tells_encoders_apart_and_survives_half_precision(tmp_path):
     assert encoder_fingerprint(copy.deepcopy(first).to("meta")) == ""
 
 
+def test_only_its_own_shards_count(tmp_path):
+    embed_images([1, 2, 3], encode, tmp_path, size=2)
+    write_shard(torch.ones(1, 2), tmp_path, 7)
+    assert [path.name for path in Shards(tmp_path).paths] == ["000000.safetensors", "000001.safetensors"]
+    (tmp_path / "000001.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds 1 shards, wants 2$"): Shards(tmp_path)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (lambda images: encode(images)[1:], "^encode: got 1 features of 2 images, wants one for each$"),
+    (lambda images: encode(images) / (4 - images[-1]), "^encode: got NaN or infinite values in row 2, wants finite"),
+    (lambda images: images, "^encode: got list, wants a tensor")])
+def test_features_are_checked_as_they_are_made(wrong, message, tmp_path):
+    with pytest.raises(ValueError, match=message): embed_images([1, 2, 3, 4], wrong, tmp_path, size=2)
+    assert not (tmp_path / "000001.safetensors").exists()
+
+
+def test_a_shard_does_not_keep_what_made_it(tmp_path):
+    weight = torch.ones(2, requires_grad=True)
+    embed_images([1, 2], lambda images: encode(images) * weight, tmp_path)
+    assert torch.equal(Shards(tmp_path)[0], encode([1, 2]))
+
+
 # The disk
 
 @contextmanager
@@ -400,12 +437,38 @@ def test_a_full_disk_leaves_the_old_memory(form, room, tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_a_record_that_cannot_be_written_leaves_the_old_memory(tmp_path, monkeypatch):
+    VisualCache.build(clustered(9), made_from="nine").save(tmp_path / "a.index")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    def full(path, text): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="^.*path: cannot write .*a.index': No space left"):
+        VisualCache.build(clustered(10), made_from="ten").save(tmp_path / "a.index")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_an_index_under_the_record_of_another_is_refused(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)): VisualCache.build(clustered(9, seed=seed)).save(tmp_path / f"{name}.index")
+    (tmp_path / "b.index").replace(tmp_path / "a.index")
+    with pytest.raises(ValueError, match="a.index' is not the file that its record was written for"):
+        VisualCache.load(tmp_path / "a.index")
+
+
+def test_a_full_disk_is_named_when_shards_are_written(tmp_path):
+    with full_disk(4_000), pytest.raises(OSError, match="^folder: cannot write .*000000.safetensors"):
+        write_shard(clustered(1500), tmp_path, 0)
+    with full_disk(4_000), pytest.raises(OSError, match="cannot write"):
+        VisualCache.build(iter(clustered(1500).split(100)), path=tmp_path / "a.index")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mmap", [False, True])
 def test_a_truncated_index_is_refused(form, mmap, tmp_path):
     VisualCache.build(clustered(300), form, path=tmp_path / "a.index")
     whole = (tmp_path / "a.index").read_bytes()
     (tmp_path / "a.index.json").rename(tmp_path / "record")
+    assert len(VisualCache.load(tmp_path / "a.index", mmap=mmap)) == 300
     for share in (.01, .3, .6, .99):
         (tmp_path / "cut.index").write_bytes(whole[:int(share * len(whole))])
         with pytest.raises(ValueError, match="cut.index' is not a FAISS index$"):
@@ -430,7 +493,7 @@ print(private() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-@pytest.mark.parametrize("form", ["exact", "half", "8bit", "hnsw"])
+@pytest.mark.parametrize("form", ["exact", "half", "8bit", "ivf-8bit", "hnsw"])
 def test_a_mapped_memory_stays_in_its_file(form, tmp_path):
     path = tmp_path / "a.index"
     VisualCache.build(clustered(20_000, width=256), form, path=path)
@@ -548,6 +611,10 @@ def test_load_refuses(tmp_path):
     record = tmp_path / "a.index.json"
     record.write_text(record.read_text().replace('"count": 6', '"count": 7'))
     with pytest.raises(ValueError, match="holds 6 features of width 16, wants 7 of width 16, as its record says$"):
+        VisualCache.load(tmp_path / "a.index")
+    text = record.read_text().replace('"count": 7', '"count": 6')
+    record.write_text(text.replace('"fingerprint": ""', '"fingerprint": 5'))
+    with pytest.raises(ValueError, match="the record of .* holds something else than text"):
         VisualCache.load(tmp_path / "a.index")
     faiss.write_index(faiss.IndexFlatIP(4), str(tmp_path / "empty.index"))
     with pytest.raises(ValueError, match="empty memory"): VisualCache.load(tmp_path / "empty.index")
