@@ -13,8 +13,8 @@ PYTHON ?= python3
 BIN ?= .venv/bin
 README ?= README.md
 WALKTHROUGH := $(sort $(wildcard nbs/walkthrough/0[1-5]_*.ipynb))
-# The first trains models that most others share; those that train their own go beside it.
-EXPERIMENTS := $(sort $(wildcard nbs/experiments/0[1345]_*.ipynb)) $(wildcard nbs/experiments/12_*.ipynb)
+# The longest first. 01 trains models that most others share; those that train their own go beside it.
+EXPERIMENTS := $(foreach number,01 05 04 03 12 09,$(wildcard nbs/experiments/$(number)_*.ipynb))
 EXPERIMENTS += $(filter-out $(EXPERIMENTS),$(sort $(wildcard nbs/experiments/*.ipynb)))
 export OMP_NUM_THREADS ?= 1
 

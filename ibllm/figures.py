@@ -469,7 +469,7 @@ def draw_forms(results: dict) -> Figure:
         loss.plot(range(len(losses) - len(smooth), len(losses)), smooth, style, color=colour, lw=1)
     loss.set(xlabel="step of stage 1", ylabel="loss, running mean", ylim=(0, None))
     size, slower = results["parameters"], results["slower"]
-    names = {name: f"{name}\n{size[name]:,} numbers, {slower[name]:.2f} ×" for name in FORM_LOOKS}
+    names = {name: f"{name}\n{size[name]:,} learned, {slower[name]:.2f} ×" for name in FORM_LOOKS}
     colours = [colour for colour, _ in FORM_LOOKS.values()]
     for axes, asked in zip(panels, results["scores"]["word tokens"]):
         _draw_arms(axes, {names[name]: results["scores"][name][asked] for name in names}, colours)
