@@ -1,5 +1,5 @@
 # make reproduce   run the walkthrough's first five notebooks at full length: trains everything, refreshes data/ and
-#                  figures/, prints the answers (the sixth writes a file of 5 GB, the seventh is for the hand, the eighth wants 18 GB)
+#                  figures/, prints the answers (the sixth writes a file of 5 GB, the seventh is for the hand, the eighth wants 15 GB)
 # make experiments run nbs/experiments at full length with the shipped weights, two notebooks at a time: one to two hours
 # make test        every test and every notebook, with shortened training (IBLLM_QUICK=1, set in conftest.py)
 # make check       the quick part of it: the tests without the notebooks

@@ -277,7 +277,8 @@ def _opened(features, path: Path | None):
     else:
         beside = dict(prefix=f"{path.name}.", suffix=".part", dir=path.parent) if path else {}
         with tempfile.TemporaryDirectory(**beside) as folder:
-            written = [write_shard(chunk, folder, number) for number, chunk in enumerate(_regrouped(features))]
+            chunks = tqdm(_regrouped(features), delay=5, unit=" chunks")
+            written = [write_shard(chunk, folder, number) for number, chunk in enumerate(chunks)]
             yield Shards(folder) if written else []
 
 
