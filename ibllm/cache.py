@@ -533,7 +533,7 @@ def _digest(path: Path) -> str:
         edges += file.read()
     return hashlib.sha256(edges).hexdigest()[:16]
 
-
+# %% ../nbs/05_cache.ipynb #record01
 def _search_settings(index: faiss.Index) -> str:
     "What `index` says of its search, in FAISS's words."
     lists = faiss.try_extract_index_ivf(index)
