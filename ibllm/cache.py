@@ -197,7 +197,7 @@ def _shard_path(folder: str | Path, number: int) -> Path: return Path(folder) / 
 
 
 def write_shard(features: Tensor, folder: str | Path, number: int) -> Path:
-    "Write `features` [n, D] to `folder` as shard `number`, in their own precision; the path of the file, or OSError."
+    "Write `features` [n, D] to `folder` as shard `number`, in their own precision; its path. Raises OSError."
     path = _shard_path(folder, number)
     path.parent.mkdir(parents=True, exist_ok=True)
     try: write_atomically(path, lambda part: save_file({"features": features.contiguous()}, part))
@@ -474,9 +474,10 @@ def embed_images(images: str | Path | Sequence, encode: Callable[[list], Tensor]
 def _encoded(encode: Callable[[list], Tensor], images: list, first: int) -> Tensor:
     "The features of `images`, in main memory; `first` is the number of the first of them."
     features = encode(images)
-    _check_features(features, "encode", rows=range(first, first + len(images)))
+    _check_shape(features, "encode")
     if len(features) != len(images):
         raise ValueError(f"encode: got {len(features)} features of {len(images)} images, wants one for each")
+    _check_features(features, "encode", rows=range(first, first + len(images)))
     return features.detach().cpu()
 
 
