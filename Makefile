@@ -14,7 +14,7 @@ BIN ?= .venv/bin
 README ?= README.md
 WALKTHROUGH := $(sort $(wildcard nbs/walkthrough/0[1-5]_*.ipynb))
 # The longest first. 01 trains models that most others share; those that train their own go beside it.
-EXPERIMENTS := $(foreach number,01 05 04 03 12 09,$(wildcard nbs/experiments/$(number)_*.ipynb))
+EXPERIMENTS := $(foreach number,01 05 12 04 09 03 02,$(wildcard nbs/experiments/$(number)_*.ipynb))
 EXPERIMENTS += $(filter-out $(EXPERIMENTS),$(sort $(wildcard nbs/experiments/*.ipynb)))
 export OMP_NUM_THREADS ?= 1
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ibllm import evaluation
 from ibllm.evaluation import (
-    answer_accuracy, caption_accuracy, caption_hits, carried_hits, every_thing, holm, load_results, mcnemar,
+    answer_accuracy, answer_all, caption_accuracy, caption_hits, carried_hits, every_thing, holm, load_results, mcnemar,
     modality_gap, neighbour_vote, paired_difference, project_folder, purity, recall_at, save_results, score_captions,
     seed_models, sense_features, separability, summary, text_prototypes, wilson, zero_shot)
 from ibllm.training import RECIPES, extract_features, read_recording
@@ -29,6 +29,7 @@ class Model:
     "Answers with the position that its feature holds; remembers how it was asked."
     class config:
         class encoder: feature_dim = 7
+    llm = torch.nn.Identity()
 
     def __init__(self, replies): self.replies, self.batches = replies, []
     def enhance(self, features, cache): return features + 1 if cache else features
@@ -52,9 +53,22 @@ def test_caption_accuracy_asks_in_batches_and_with_the_cache():
     features = torch.arange(700.)[:, None]
     model = Model(captions + ["nothing"])
     assert all(hits.all() for hits in caption_accuracy(model, features, things).values())
-    assert model.batches == [((500, 1), {"do_sample": False}), ((200, 1), {"do_sample": False})]
+    assert model.batches == [((n, 1), {"do_sample": False}) for n in (250, 250, 200)]
     shifted = caption_accuracy(model, features, things, cache=True)
     assert shifted["kind"].float().mean() < .2 and not shifted["kind"][-1]
+
+
+def test_many_questions_get_the_answers_they_get_alone():
+    model = seed_models([0])[0]
+    _, features = sense_features(model, "test", size=9, senses=("audio",))
+    questions = ["what is it ?", "describe it .", ("what is it ?", "a small red bell that is bouncing")] * 3
+    alone = [model.answer(features["audio"][i:i + 1], [q], do_sample=False)[0] for i, q in enumerate(questions)]
+    assert answer_all(model, features["audio"], questions, chunk=4) == alone
+    assert answer_all(model, features["audio"][:2], questions[0]) == [
+        model.answer(features["audio"][i:i + 1], questions[0], do_sample=False)[0] for i in range(2)]
+    assert answer_all(model, features["audio"][:0], "what is it ?") == []
+    with pytest.raises(ValueError, match="^prompts: got 9 for 2 features"):
+        answer_all(model, features["audio"][:2], questions)
 
 
 def test_answer_accuracy_counts_exact_answers_per_topic():

@@ -9,7 +9,7 @@ from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, M
                           Qwen2Config, Qwen2ForCausalLM)
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from ibllm.llama import GatedInjection, enable_injection
+from ibllm.llama import GatedInjection, enable_injection, merged
 
 SIZES = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
              initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -209,6 +209,23 @@ def test_merged_lora_is_refused():
     llm.merge_adapter()
     with pytest.raises(ValueError, match="^llm: got LoRA merged into `v_proj`"):
         open_injection().gated_values(BIND, llm)
+
+
+@torch.no_grad()
+def test_lora_can_be_merged_for_a_while():
+    llm, injection = lora(make(name="qwen2")), open_injection()
+    enable_injection(llm)
+    values = injection.gated_values(BIND, llm)
+    expected, before = llm(IDS, gated_values=values).logits, copy.deepcopy(llm.state_dict())
+    adapters = {n: m for n, m in llm.named_modules() if hasattr(m, "lora_A")}
+    with pytest.raises(KeyError), merged(llm) as same, merged(llm):
+        assert same is llm and all(m.merged != n.endswith("v_proj") for n, m in adapters.items())
+        assert torch.equal(injection.gated_values(BIND, llm), values)
+        assert torch.allclose(llm(IDS, gated_values=values).logits, expected, atol=1e-4)
+        raise KeyError("whatever goes wrong inside")
+    assert not any(m.merged for m in adapters.values())
+    assert all(torch.equal(p, before[n]) for n, p in llm.state_dict().items())
+    assert torch.equal(llm(IDS, gated_values=values).logits, expected)
 
 
 @torch.no_grad()
