@@ -92,6 +92,7 @@ def value_states(attention: nn.Module, x: Tensor) -> Tensor:
     "Frozen value projection of `x` [B, H] without bias and LoRA, one row per query head: [B, heads, head_dim]."
     projection = _bare(attention.v_proj)
     weight, bias = projection.weight, projection.bias
+    if not weight.is_meta: x = x.to(weight.device)  # offloaded weights (meta) fetch their input themselves
     values = projection(x.to(weight.dtype) if weight.is_floating_point() else x)
     if bias is not None: values = values - bias
     values = values.unflatten(-1, (-1, attention.head_dim))
