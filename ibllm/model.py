@@ -517,7 +517,12 @@ def _load_whitenings(path: Path, width: int) -> dict[str, Whitening]:
 # %% ../nbs/06_model.ipynb #cfbe5ee2
 @patch
 def save_pretrained(self: ImageBindLLM, folder: str | Path):
-    "Write the model to `folder`, for `load` to read. Raises ValueError if LoRA is merged into the language model."
+    """Write the model to `folder`, for `load` to read.
+
+    Raises ValueError if LoRA is merged into the language model, or if that is quantised."""
+    if getattr(base_model(self.llm), "is_quantized", False):
+        raise ValueError("llm: got quantised weights, wants floats; load the model without `quantization_config` to "
+                         "save it (`llm.save_pretrained` writes LoRA alone)")
     folder = make_folder(folder)
     weights = {name: p.contiguous() for name, p in self.state_dict().items() if not name.startswith("llm.")}
     with quiet(), tempfile.TemporaryDirectory(dir=folder) as temporary:

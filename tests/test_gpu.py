@@ -3,14 +3,15 @@ import faiss
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import BitsAndBytesConfig
 
 from ibllm import load
 from ibllm.cache import FORMS, VisualCache
 from ibllm.evaluation import caption_accuracy
 from ibllm.llama import merged
 from ibllm.training import (
-    Columns, Recipe, before_stage_two, caption_pairs, extract_features, fit, prepare_stage_one, prepare_stage_two,
-    read_recording, toyland_model)
+    Columns, NextToken, Recipe, before_stage_two, caption_pairs, extract_features, fit, prepare_stage_one,
+    prepare_stage_two, read_recording, toyland_model)
 from ibllm.world import SENSORS, draw_things, project_folder, record
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no NVIDIA GPU")
@@ -88,6 +89,24 @@ def test_half_precision_and_automatic_placement(cpu, features):
         assert next(model.llm.parameters()).device.type == "cuda"
         said = model.answer(features["image"], "what is it ?", do_sample=False)
         assert sum(a == b for a, b in zip(said, expected)) >= .8 * len(said), options
+
+
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes and PEFT warn of each other
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised(cpu, features, bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    expected = cpu.answer(features["image"], "what is it ?", do_sample=False)
+    options = dict(quantization_config=BitsAndBytesConfig(**{f"load_in_{bits}bit": True}))
+    for device in ("cuda", "cpu"):                                   # of all but the language model
+        model = load("toyland", device=device, device_map="auto", **options)
+        said = model.answer(features["image"], "what is it ?", do_sample=False)
+        assert sum(a == b for a, b in zip(said, expected)) >= .7 * len(said)
+        with merged(model.llm): assert model.answer(features["image"], "what is it ?", do_sample=False) == said
+    with pytest.raises(ValueError, match="^llm: got quantised weights"): model.save_pretrained(tmp_path)
+    stage_two = NextToken(model.llm, model.bind.cuda(), model.injection.cuda())
+    for name, p in model.llm.named_parameters(): p.requires_grad_("lora_" in name)
+    losses = fit(stage_two, pairs(cpu, features), Recipe(20, 12, lr=2e-3, warmup=2), "LoRA on quantised weights")
+    assert sum(losses[-5:]) < sum(losses[:5])
 
 
 def test_saved_from_the_gpu_and_loaded_without_one(cpu, gpu, tmp_path):

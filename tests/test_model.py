@@ -537,6 +537,13 @@ def test_merged_lora_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="^llm: got merged LoRA"): model.save_pretrained(tmp_path)
 
 
+def test_quantised_weights_are_not_saved(tmp_path):
+    model = make_model()
+    model.llm.is_quantized = True                                                       # as transformers marks them
+    with pytest.raises(ValueError, match="^llm: got quantised weights"): model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"model_type": "llama"}'])
 def test_folders_that_hold_no_model(content, tmp_path):
     if content is not None: (tmp_path / "config.json").write_text(content)
