@@ -1,6 +1,7 @@
 # make reproduce   run the walkthrough's first five notebooks at full length: trains everything, refreshes data/ and
 #                  figures/, prints the answers (the sixth writes a file of 5 GB, the seventh is for the hand, the eighth wants 15 GB)
-# make experiments run nbs/experiments at full length with the shipped weights, two notebooks at a time: one to two hours
+# make experiments run nbs/experiments at full length with the shipped weights, two notebooks at a time: an hour on two
+#                  cores, and 20 minutes of one core more the first time, for a second set of encoders
 # make test        every test and every notebook, with shortened training (IBLLM_QUICK=1, set in conftest.py)
 # make check       the quick part of it: the tests without the notebooks
 # make test-oldest the same with the oldest releases that settings.ini admits, in .venv-oldest; wants PYTHON=python3.10

@@ -96,12 +96,13 @@ def _check_k(k, rows: int, count: int) -> Tensor:
 faiss.cvar.distance_compute_blas_threshold = min(4096, faiss.cvar.distance_compute_blas_threshold)
 
 # %% ../nbs/05_cache.ipynb #5aba93c1
-GPU_MOST = 2_048  # neighbours that FAISS finds on a GPU
+MOST_ON_GPU = 2_048  # neighbours that FAISS finds there
 
 def _neighbours(cache: VisualCache, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     "Ids, similarities [B, k] and vectors [B, k, D] of the `k` memories most similar to each row of `query`."
     if cache.searcher:
-        if k > GPU_MOST: raise ValueError(f"k: got {k}, wants at most {GPU_MOST} if the memory is searched on a GPU")
+        if k > MOST_ON_GPU:
+            raise ValueError(f"k: got {k}, wants at most {MOST_ON_GPU}, as the memory is searched on a GPU")
         ids = cache.searcher.search(query.numpy(), k)[1]
     try:
         if cache.searcher: vectors = cache.index.reconstruct_batch(ids.clip(0).ravel()).reshape(*ids.shape, cache.width)
@@ -609,17 +610,19 @@ def to(self: VisualCache, device: str | torch.device) -> VisualCache:
     """Search on `device`, "cpu" or a CUDA one, from here on; returns this memory.
 
     The forms "exact", "half" and "ivf-8bit" can be searched on a GPU, for up to 2,048 neighbours. Raises RuntimeError
-    without `faiss-gpu`, and ValueError for another form, or a GPU that is not there."""
+    without `faiss-gpu`, and ValueError for another form, a memory that does not fit, or a GPU that is not there."""
     device = torch.device(device)
-    self.searcher = None
-    if device.type == "cpu": return self
+    if device.type == "cpu":
+        self.searcher = None
+        return self
     if not hasattr(faiss, "StandardGpuResources"):
         raise RuntimeError(f"device: got {str(device)!r}, wants the package faiss-gpu; this FAISS runs on the CPU only")
     number, count = device.index or 0, faiss.get_num_gpus()
-    if number >= count: raise ValueError(f"device: got {str(device)!r}, but FAISS finds {count} GPUs")
+    if number >= count: raise ValueError(f"device: got {str(device)!r}, wants one of the {count} GPUs that FAISS finds")
     if isinstance(self.index, faiss.IndexIVF): self.index.make_direct_map()  # so that it finds a vector by its number
     try: self.searcher = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), number, self.index)
     except RuntimeError as error:
-        raise ValueError(f"device: FAISS cannot search {type(self.index).__name__} on a GPU; "
-                         "wants a memory in the form 'exact', 'half' or 'ivf-8bit'") from error
+        what = self.form or type(self.index).__name__
+        raise ValueError(f"device: FAISS cannot search this memory ({what}) there: {str(error).splitlines()[0]:.200}; "
+                         "wants one in the form 'exact', 'half' or 'ivf-8bit' that fits") from error
     return self

@@ -10,7 +10,7 @@ __all__ = ['CAPTION_QUESTION', 'RESULTS', 'score_captions', 'answer_all', 'capti
 
 # %% ../nbs/09_evaluation.ipynb #69f170f2
 import json, math, platform, resource, statistics
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -34,11 +34,11 @@ def score_captions(captions: list[str], things: Things) -> dict[str, Tensor]:
     return {a: torch.tensor([r[a] for r in read]) == getattr(things, a) for a in ATTRIBUTES}
 
 # %% ../nbs/09_evaluation.ipynb #d41c2b02
-def answer_all(model, features: Tensor, prompts, chunk: int = 250) -> list[str]:
+def answer_all(model, features: Tensor, prompts: str | tuple | list, chunk: int = 250) -> list[str]:
     """What `model.answer` says, greedily, about features `[N,D]`; `prompts` is one for all or a list of N.
 
-    `chunk` requests at a time, those with like prompts together, and with LoRA merged. Raises ValueError for lengths
-    that differ."""
+    `chunk` requests at a time, those with like prompts together, and with LoRA `merged`: the answers are those of
+    single requests but for rounding. Raises ValueError for lengths that differ."""
     if not isinstance(prompts, list): prompts = [prompts] * len(features)
     if len(prompts) != len(features):
         raise ValueError(f"prompts: got {len(prompts)} for {len(features)} features, wants one, or one for each")
@@ -244,7 +244,9 @@ def save_results(name: str, values: dict, seconds: float, folder: Path | None = 
 
     Raises ValueError for what JSON cannot hold, as infinity or NaN, and for a name that leads to another folder."""
     path = _results_path(name, folder)
-    versions = {package: version(package) for package in ("torch", "transformers", "peft", "faiss-cpu")}
+    installed = {package.name.replace("_", "-"): package.version for package in distributions()}
+    recorded = ("torch", "transformers", "peft", "faiss-cpu", "faiss-gpu")
+    versions = {package: installed[package] for package in recorded if package in installed}
     versions["python"] = platform.python_version()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
     settings = dict(threads=torch.get_num_threads(), recipes={part: str(recipe_for(part)) for part in RECIPES},

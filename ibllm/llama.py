@@ -92,9 +92,10 @@ def value_states(attention: nn.Module, x: Tensor) -> Tensor:
     "Frozen value projection of `x` [B, H] without bias and LoRA, one row per query head: [B, heads, head_dim]."
     projection = _bare(attention.v_proj)
     weight, bias = projection.weight, projection.bias
-    if not weight.is_meta: x = x.to(weight.device)  # offloaded weights (meta) fetch their input themselves
-    values = projection(x.to(weight.dtype) if weight.is_floating_point() else x)
-    if bias is not None: values = values - bias
+    if not weight.is_meta: x = x.to(weight.device)  # of offloaded weights (meta) only the layer's call knows
+    x = x.to(weight.dtype) if weight.is_floating_point() else x
+    values = projection(x)
+    if bias is not None: values = values - (projection(torch.zeros_like(x[:1])) if bias.is_meta else bias)
     values = values.unflatten(-1, (-1, attention.head_dim))
     return values.repeat_interleave(attention.num_key_value_groups, dim=1)
 
@@ -119,20 +120,29 @@ class GatedInjection(nn.Module):
         values = [value_states(attention, bind_feature + query) for attention, query in zip(attentions, self.queries)]
         return torch.stack([value.to(self.gates) for value in values], dim=1) * torch.tanh(self.gates)[:, :, None]
 
+# %% ../nbs/04_llama.ipynb #5c1f0a75
+def _may_merge(name: str, layer: nn.Module, head: nn.Module | None) -> bool:
+    "Whether `layer` is a LoRA around a plain matrix in memory that is neither injected nor shared, and is in use."
+    if not hasattr(layer, "lora_A") or name.endswith("v_proj") or layer is head: return False
+    if layer.merged or layer.disable_adapters or any(layer.lora_bias.values()): return False
+    base = layer.get_base_layer()
+    return type(base) is nn.Linear and type(base.weight) is nn.Parameter and not base.weight.is_meta
+
 # %% ../nbs/04_llama.ipynb #5c1f0a73
 @contextmanager
 def merged(llm: nn.Module) -> Iterator[nn.Module]:
     """Within the `with`, LoRA of `llm` is part of its weights, for quicker answers; afterwards they are as they were.
 
-    `v_proj`, whose bare weight is injected, and quantised weights are left alone. Needs memory for a second copy of the
-    merged weights. Within another `merged` it does nothing; not for training, in which LoRA would learn nothing."""
-    layers = [m for name, m in llm.named_modules() if hasattr(m, "lora_A") and not name.endswith("v_proj")
-              and not m.merged and m.get_base_layer().weight.is_floating_point()]
+    `v_proj`, whose bare weight is injected, the output layer, and weights that are quantised or offloaded are left
+    alone. Needs memory for a second copy of what is merged. Within another `merged` it does nothing. Unlike the
+    injection it changes the model: no other thread may use it meanwhile, and LoRA would learn nothing."""
+    head = getattr(base_model(llm), "get_output_embeddings", lambda: None)()  # may share its weight with the embeddings
+    layers = [layer for name, layer in llm.named_modules() if _may_merge(name, layer, head)]
     bare = [layer.get_base_layer().weight.data for layer in layers]
     try:
         for layer in layers: layer.merge(safe_merge=True)  # adds to a copy
         yield llm
     finally:
         for layer, weight in zip(layers, bare):
-            if layer.merged: layer.unmerge()
+            layer.merged_adapters.clear()
             layer.get_base_layer().weight.data = weight

@@ -519,8 +519,9 @@ def test_searching_on_a_gpu_takes_the_vectors_from_main_memory(form, large, away
     expected = cache.enhance(away)
     assert torch.allclose(cache.to("cuda").enhance(away), expected, atol=1e-6) and asked == [300]
     with pytest.raises(ValueError, match="^k: got 5000, wants at most 2048"): cache.enhance(away, k=5000)
-    with pytest.raises(ValueError, match="^device: got 'cuda:1', but FAISS finds 1 GPUs"): cache.to("cuda:1")
-    assert torch.equal(cache.to("cpu").enhance(away), expected) and asked == [300]
+    with pytest.raises(ValueError, match="^device: got 'cuda:1', wants one of the 1 GPUs"): cache.to("cuda:1")
+    assert cache.enhance(away[:7]).shape == (7, 32) and asked == [300, 7], "still on the GPU it was on"
+    assert torch.equal(cache.to("cpu").enhance(away), expected) and asked == [300, 7]
 
 
 def test_gpu_is_refused_where_there_is_none(large, monkeypatch):
@@ -531,7 +532,7 @@ def test_gpu_is_refused_where_there_is_none(large, monkeypatch):
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", refuse, raising=False)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
-    with pytest.raises(ValueError, match="^device: FAISS cannot search IndexFlat[IP]* on a GPU; wants a memory in"):
+    with pytest.raises(ValueError, match=r"^device: FAISS cannot search this memory \(exact\) there: not supported"):
         cache.to("cuda:1")
     assert len(cache.enhance(large[:2])) == 2
 

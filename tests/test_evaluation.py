@@ -58,6 +58,17 @@ def test_caption_accuracy_asks_in_batches_and_with_the_cache():
     assert shifted["kind"].float().mean() < .2 and not shifted["kind"][-1]
 
 
+def test_like_questions_are_asked_together_and_with_lora_merged(monkeypatch):
+    model, asked = seed_models([0])[0], []
+    def answer(features, prompts, **options):
+        asked.append((prompts, any(getattr(m, "merged", False) for m in model.llm.modules())))
+        return prompts
+    monkeypatch.setattr(model, "answer", answer)
+    questions = ["what is it ?", "describe it ."] * 3
+    assert answer_all(model, torch.zeros(6, 128), questions, chunk=3) == questions
+    assert asked == [(["what is it ?"] * 3, True), (["describe it ."] * 3, True)]
+
+
 def test_many_questions_get_the_answers_they_get_alone():
     model = seed_models([0])[0]
     _, features = sense_features(model, "test", size=9, senses=("audio",))

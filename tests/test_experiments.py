@@ -114,6 +114,8 @@ def test_parts_are_compared_thing_by_thing():
     assert {arm for arms in results["groups"].values() for arm in arms} == set(results["scores"])
     assert results["scores"]["stage 2 alone"]["kind, pictured"]["mean"] < .2, "blind by construction"
     assert_paired(results["scores"], results["difference"], "reference")
+    rivals = {arm: results["scores"][arm] for arm in ("reference, cache", *results["to_cache"])}
+    assert_paired(rivals, results["to_cache"], "reference, cache")
 
 
 def test_the_other_towers_are_measured_like_the_shipped_ones():

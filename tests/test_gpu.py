@@ -7,7 +7,7 @@ from transformers import BitsAndBytesConfig
 
 from ibllm import load
 from ibllm.cache import FORMS, VisualCache
-from ibllm.evaluation import caption_accuracy
+from ibllm.evaluation import caption_accuracy, score_captions
 from ibllm.llama import merged
 from ibllm.training import (
     Columns, NextToken, Recipe, before_stage_two, caption_pairs, extract_features, fit, prepare_stage_one,
@@ -75,10 +75,12 @@ def test_files_are_read_mixed_and_streamed(cpu, gpu):
 
 
 def test_merged_lora_answers_the_same(gpu, features):
-    plain = caption_accuracy(gpu, features["image"].cuda(), THINGS)
+    expected = gpu.answer(features["image"], "describe it .", do_sample=False)
     with merged(gpu.llm): again = gpu.answer(features["image"], "describe it .", do_sample=False)
-    assert again == gpu.answer(features["image"], "describe it .", do_sample=False)
-    assert plain["kind"].float().mean() > .5
+    assert sum(a == b for a, b in zip(again, expected)) >= .95 * len(expected), "but for rounding"
+    right = score_captions(expected, THINGS)
+    for name, hits in caption_accuracy(gpu, features["image"].cuda(), THINGS).items():
+        assert (hits == right[name]).float().mean() >= .95
 
 
 def test_half_precision_and_automatic_placement(cpu, features):
@@ -155,7 +157,8 @@ def test_columns_may_be_on_either_side(cpu, features):
     columns = pairs(cpu, features).columns
     there = Columns(**{name: column.cuda() for name, column in columns.items()})
     recipe = Recipe(3, 8, lr=1e-3, warmup=1)
-    assert len(fit(begin(cpu)[1], there, recipe, "there")) == 3
+    assert fit(begin(cpu)[1], there, recipe, "there") == pytest.approx(
+        fit(begin(cpu)[1], pairs(cpu, features), recipe, "here"), rel=1e-4)
 
 
 # The memory
@@ -176,7 +179,8 @@ def test_a_memory_is_searched_on_the_gpu_or_refused(memory, form):
     cache = VisualCache.build(vectors, form)
     expected = cache.enhance(queries)
     if form not in ("exact", "half", "ivf-8bit"):
-        with pytest.raises(ValueError, match="^device: FAISS cannot search Index.* on a GPU; wants"): cache.to("cuda")
+        with pytest.raises(ValueError, match=rf"^device: FAISS cannot search this memory \({form}\) there"):
+            cache.to("cuda")
         return
     found = cache.to("cuda").enhance(queries.cuda())
     assert cache.searcher is not None and found.device.type == "cuda"

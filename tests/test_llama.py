@@ -1,9 +1,11 @@
 "The gated injection on LLaMA and on decoders with grouped heads, biases and sliding windows."
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
                           Qwen2Config, Qwen2ForCausalLM)
@@ -211,21 +213,55 @@ def test_merged_lora_is_refused():
         open_injection().gated_values(BIND, llm)
 
 
+def adapters(llm): return {name: layer for name, layer in llm.named_modules() if hasattr(layer, "lora_A")}
+
+
 @torch.no_grad()
 def test_lora_can_be_merged_for_a_while():
-    llm, injection = lora(make(name="qwen2")), open_injection()
-    enable_injection(llm)
+    llm, injection = lora(enable_injection(make("qwen2"))), open_injection()
     values = injection.gated_values(BIND, llm)
     expected, before = llm(IDS, gated_values=values).logits, copy.deepcopy(llm.state_dict())
-    adapters = {n: m for n, m in llm.named_modules() if hasattr(m, "lora_A")}
-    with pytest.raises(KeyError), merged(llm) as same, merged(llm):
-        assert same is llm and all(m.merged != n.endswith("v_proj") for n, m in adapters.items())
+    with pytest.raises(KeyError), merged(llm) as same:
+        with merged(llm): pass
+        assert same is llm and all(layer.merged != name.endswith("v_proj") for name, layer in adapters(llm).items())
         assert torch.equal(injection.gated_values(BIND, llm), values)
         assert torch.allclose(llm(IDS, gated_values=values).logits, expected, atol=1e-4)
         raise KeyError("whatever goes wrong inside")
-    assert not any(m.merged for m in adapters.values())
+    assert not any(layer.merged for layer in adapters(llm).values())
     assert all(torch.equal(p, before[n]) for n, p in llm.state_dict().items())
     assert torch.equal(llm(IDS, gated_values=values).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["tied", "dora", "lora_bias", "two adapters", "disabled"])
+def test_whatever_is_merged_speaks_as_before_and_is_put_back(kind):
+    torch.manual_seed(0)
+    llm = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=kind == "tied")).eval()
+    options = {"dora": dict(use_dora=True), "lora_bias": dict(lora_bias=True)}.get(kind, {})
+    targets = ["q_proj", "k_proj", "o_proj", *(["embed_tokens", "lm_head"] if kind == "tied" else [])]
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                        # of the weight that two layers share
+        llm = get_peft_model(llm, config)
+    if kind == "two adapters":
+        llm.add_adapter("second", config)
+        llm.base_model.set_adapter(["default", "second"])
+    if kind == "disabled": llm.base_model.disable_adapter_layers()
+    expected, before = llm(IDS).logits, copy.deepcopy(llm.state_dict())
+    with merged(llm): assert torch.allclose(llm(IDS).logits, expected, atol=1e-4)
+    assert all(torch.equal(p, before[n]) for n, p in llm.state_dict().items())
+    assert torch.equal(llm(IDS).logits, expected)
+
+
+@torch.no_grad()
+def test_offloaded_weights_are_read_and_not_merged():
+    llm, injection = lora(enable_injection(make("qwen2"))), open_injection()
+    values = injection.gated_values(BIND, llm)
+    expected = llm(IDS, gated_values=values).logits
+    cpu_offload(llm.get_base_model(), execution_device=torch.device("cpu"))
+    assert adapters(llm)["base_model.model.model.layers.0.self_attn.v_proj"].get_base_layer().bias.is_meta
+    assert torch.allclose(injection.gated_values(BIND, llm), values, atol=1e-6)
+    with merged(llm): assert torch.allclose(llm(IDS, gated_values=values).logits, expected, atol=1e-5)
 
 
 @torch.no_grad()
