@@ -186,6 +186,9 @@ def test_what_was_never_pictured_is_followed_from_the_feature_to_the_answer():
         for part in ("seen", "unseen"):
             gained = row[part]["both"]["mean"] - results["places"]["answer"][part]["both"]["mean"]
             assert gained == pytest.approx(row["difference"][part]["mean"], abs=2e-4), name
+    bind, lora = (results["remedies"][f"{which}: pictures of all"]["unseen"]["both"]["mean"]
+                  for which in ("bind", "LoRA"))
+    assert bind - lora == pytest.approx(results["bind_over_lora"]["unseen"]["mean"], abs=2e-4)
 
 
 def test_a_part_of_the_search_for_the_never_pictured_is_found_again():
