@@ -37,8 +37,9 @@ def score_captions(captions: list[str], things: Things) -> dict[str, Tensor]:
 def answer_all(model, features: Tensor, prompts: str | tuple | list, chunk: int = 250) -> list[str]:
     """What `model.answer` says, greedily, about features `[N,D]`; `prompts` is one for all or a list of N.
 
-    `chunk` requests at a time, those with like prompts together, and with LoRA `merged`: the answers are those of
-    single requests but for rounding. Raises ValueError for lengths that differ."""
+    `chunk` requests at a time, those with like prompts together, and with LoRA `merged` (so no other thread may
+    use the model meanwhile): the answers are those of single requests but for rounding. Raises ValueError for
+    lengths that differ."""
     if not isinstance(prompts, list): prompts = [prompts] * len(features)
     if len(prompts) != len(features):
         raise ValueError(f"prompts: got {len(prompts)} for {len(features)} features, wants one, or one for each")
