@@ -67,6 +67,9 @@ def test_the_cache_ablation_is_complete():
                 assert cell["difference"]["low"] <= cell["difference"]["mean"] <= cell["difference"]["high"]
                 gained = cell["cache"]["mean"] - cell["raw"]["mean"]
                 assert gained == pytest.approx(cell["difference"]["mean"], abs=2e-4), "two ways to the same number"
+                if cell["carried"]: continue
+                chance = dict(colour=1 / 6, motion=1 / 4)[attribute]                # a kind comes in six of the colours
+                assert max(cell["raw"]["mean"], cell["cache"]["mean"]) < chance + .02, "a sense that cannot know it"
 
 
 def test_a_part_of_the_ablation_is_found_again():
