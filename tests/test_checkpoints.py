@@ -497,7 +497,7 @@ before = megabytes()
 rest = dict.fromkeys(("text", "audio", "point", "depth", "thermal", "imu"))
 encoder = load_imagebind(sys.argv[1], ImageBindConfig(vision=VisionConfig(), **rest))
 loaded = megabytes()
-total = sum(p.sum(dtype=torch.float64).item() for p in encoder.parameters())
+for weights in encoder.parameters(): weights.amax()  # reads every number, makes no copy (a sum in float64 would)
 print(before, loaded, megabytes())
 """
 
@@ -515,7 +515,7 @@ def test_loading_holds_nothing_twice(suffix, tmp_path):
     done = subprocess.run([sys.executable, "-c", LOADING, path], check=True, capture_output=True, text=True)
     before, loaded, used = map(float, done.stdout.split())
     assert size > 300 and loaded - before < 0.25 * size  # mapped, not read
-    assert 0.9 * size < used - before < 1.25 * size  # read when used, once
+    assert 0.9 * size < used - before < 1.1 * size  # read when used, once
 
 
 # --- the whole system -------------------------------------------------------------------------------------------------
