@@ -100,16 +100,20 @@ def mcnemar(before: Tensor, after: Tensor) -> dict:
 
 # %% ../nbs/09_evaluation.ipynb #e7c26b93
 def paired_difference(before: Tensor, after: Tensor) -> dict:
-    """How much more often `after` is right than `before`, with a 95 % interval and two-sided p: `{mean, low, high, p}`.
+    """How much more often `after` is right than `before`: `{mean, low, high, p, seeds}`, with a 95 % interval.
 
-    Both are `[..., N]`, shares in [0, 1] (or bool) about the same N things; all that was asked about a thing is
-    averaged and counts once. Raises ValueError for unequal shapes or fewer than two things."""
+    Both are `[N]` or `[seeds, ..., N]`, shares in [0, 1] (or bool) about the same N things; all that was asked about a
+    thing is averaged and counts once. Interval and two-sided p speak of other *things*; `seeds`, the difference of
+    each seed, shows what other trainings would do. Raises ValueError for unequal shapes or fewer than two things."""
     if before.shape != after.shape or before.shape[-1] < 2:
         raise ValueError(f"after: got {list(after.shape)} for {list(before.shape)}, wants equal shapes, 2 things up")
-    difference = (after.double() - before.double()).reshape(-1, before.shape[-1]).mean(0)
+    difference = after.double() - before.double()
+    seeds = [round(d.mean().item(), 4) for d in (difference if difference.ndim > 1 else difference[None])]
+    difference = difference.reshape(-1, before.shape[-1]).mean(0)
     mean, error = difference.mean().item(), difference.std().item() / math.sqrt(len(difference))
     p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(mean == 0)
-    return dict(mean=round(mean, 4), low=round(mean - 1.96 * error, 4), high=round(mean + 1.96 * error, 4), p=p)
+    interval = dict(low=round(mean - 1.96 * error, 4), high=round(mean + 1.96 * error, 4))
+    return dict(mean=round(mean, 4), **interval, p=p, seeds=seeds)
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
     "p values of several tests, raised so that all together err in at most the stated share of cases (Holm 1979)."

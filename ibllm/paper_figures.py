@@ -17,7 +17,7 @@ from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea, VPacker
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from .figures import PAGE, SENSE_COLOURS, draw_recording, wrap
-from .world import ATTRIBUTES, CARRIES, COLOURS, DESCRIPTIONS, PLACE, PURPOSE, Things
+from .world import ATTRIBUTES, CARRIES, DESCRIPTIONS, PLACE, PURPOSE, Things
 
 # %% ../nbs/12_paper_figures.ipynb #d597a9ad
 LEARNS = dict(fc="#FBE6D4", ec="#D55E00", lw=1.6)
@@ -47,6 +47,12 @@ def _note(axes, x, y, text, **look):
 def _name(axes, x, y, sense, **look):
     "The name of a sense in its colour."
     _note(axes, x, y, sense, color=SENSE_COLOURS[sense], fontweight="bold", **look)
+
+def _boxes(axes, x, y, step=(.62, 0), **looks):
+    "The key to the boxes, from (x, y) on in steps of (x, y)."
+    for i, (name, look) in enumerate(looks.items()):
+        _box(axes, x + step[0] * i, y + step[1] * i, .16, .1, look=look)
+        _note(axes, x + step[0] * i + .14, y + step[1] * i, name.replace("_", " "), color="#555555")
 
 # %% ../nbs/12_paper_figures.ipynb #8c880bc1
 def _arrow(axes, start, end, color="#444444", **options):
@@ -185,6 +191,7 @@ def draw_stages(stages: dict, things: Things, recording: dict) -> Figure:
         axes.text(x + .52, 1.58, wrap(_spoken(f"“{talk['question']}”"), 12), ha="center", va="top", fontsize=6.5)
         _say(axes, x, 3.68, talk["answer"], [(talk["sense"], things.words(talk["thing"]))], 36, 6.5, (.5, .5))
     for at in (2.325, 4.575): axes.plot([at, at], [.1, 4.15], color="#CCCCCC", lw=.6)
+    _boxes(axes, 6.02, .86, (0, -.16), learns=LEARNS, frozen=FROZEN, no_parameters=PAPER)
     return figure
 
 # %% ../nbs/12_paper_figures.ipynb #d70baf09
@@ -203,6 +210,7 @@ def draw_bind_network(bind: dict) -> Figure:
     figure, axes = _canvas(PAGE, 3.3)
     ours = next(iter(bind.values()))
     axes.text(.05, 3.12, "From a feature to every layer", fontweight="bold")
+    _boxes(axes, 4.6, 3.16, learns=LEARNS, frozen=FROZEN, no_parameters=PAPER)
     width = ours["hidden"]
     _chain(axes, 2.7, [(.4, .7, f"feature\n{ours['feature']}", PAPER), (1.22, .62, f"linear\n→ {width}", LEARNS),
                        *((1.95 + .62 * i, .5, f"block {i + 1}", LEARNS) for i in range(ours["blocks"])),
@@ -226,11 +234,11 @@ def _one_block(axes, ours):
     _box(axes, 1.98, .45, .8, .36, f"up\n{wide}", LEARNS, fontsize=6.5)
     _chain(axes, 1.15, [(1.98, .8, f"gate\n{wide}", LEARNS), (2.68, .36, "SiLU", PAPER)], .36)
     down = f"down\n→ {ours['hidden']}"
-    _chain(axes, .8, [(2.95, .24, "×", PAPER), (3.5, .62, down, LEARNS), (4.15, .24, "+", PAPER)], .3)
-    for start, end in (((1.32, .88), (1.58, 1.1)), ((1.32, .72), (1.58, .5)), ((2.86, 1.12), (2.95, .95)),
-                       ((2.38, .45), (2.95, .65))): _arrow(axes, start, end)
-    axes.plot([.35, .35, 4.15], [1.01, 1.42, 1.42], color="#444444", lw=.9); _arrow(axes, (4.15, 1.42), (4.15, .95))
-    _arrow(axes, (4.27, .8), (4.6, .8))
+    _chain(axes, .8, [(3.1, .24, "×", PAPER), (3.63, .58, down, LEARNS), (4.2, .24, "+", PAPER)], .3)
+    for start, end in (((1.32, .88), (1.58, 1.1)), ((1.32, .72), (1.58, .5)), ((2.86, 1.12), (3.1, .95)),
+                       ((2.38, .45), (3.1, .65))): _arrow(axes, start, end)
+    axes.plot([.35, .35, 4.2], [1.01, 1.42, 1.42], color="#444444", lw=.9); _arrow(axes, (4.2, 1.42), (4.2, .95))
+    _arrow(axes, (4.32, .8), (4.6, .8))
 
 # %% ../nbs/12_paper_figures.ipynb #07a5e150
 def _widths(axes, bind):
@@ -247,6 +255,7 @@ def _widths(axes, bind):
 def _construction(axes, cache, pictures):
     "Part (a): pictures of the memory go through the image tower and are stored."
     axes.text(.05, 3.62, "(a) Construction: nothing is trained", fontweight="bold")
+    _boxes(axes, 5.3, 3.66, frozen=FROZEN, no_parameters=PAPER)
     for i, picture in enumerate(pictures): _window(axes, .32 + .5 * i, 3.2, "image", picture)
     axes.text(.32 + .5 * len(pictures), 3.2, "…", ha="center", va="center")
     _box(axes, 4.3, 3.2, .9, .4, "image tower")
@@ -284,7 +293,7 @@ def draw_cache(cache: dict, things: Things, recording: dict, pictures: dict) -> 
     axes.plot([2.2, 2.2], [1.55, .62], color="#444444", lw=.9); _arrow(axes, (2.2, .62), (3.13, .62))
     axes.plot([5.95, 5.95], [1.53, .62], color="#444444", lw=.9); _arrow(axes, (5.95, .62), (5.07, .62))
     for x, key, title in ((.1, "off", "without"), (3.15, "on", "with")):
-        _note(axes, x, .28, f"{title} the cache:"); _say(axes, x + .95, .28, cache[key], source, 46, 6.5)
+        _note(axes, x, .28, f"{title} the cache:"); _say(axes, x + .95, .28, cache[key], source, 58, 6.5)
     right = "{off:.1%} without, {on:.1%} with".format(**cache["right"])
     _note(axes, PAGE - .1, .08, f"{cache['n']} times {sense}, kind right: {right}", ha="right"); _key(axes, .1, .08)
     return figure
@@ -335,9 +344,10 @@ def _pair(axes, x, y, pair, recording):
 SHARE_LOOKS = dict(first=dict(color="#555555"), both=dict(color="#BBBBBB", hatch="////", ec="white"),
                    second=dict(color="#CFCFCF"), neither=dict(color="white", ec="#999999"))
 
-def _shares(axes, x, y, shares, names, width=3.2):
+def _shares(axes, x, y, shares, names, width=2.55):
     "A bar of `width` inches, divided by `shares` of `first`, `both`, `second` and `neither`; `names` of the outer two."
-    labels = dict(first=names[0], both="both", second=names[1], neither="neither")
+    _note(axes, x, y + .05, "kind named:")
+    labels, x = dict(first=names[0], both="both", second=names[1], neither="neither"), x + .65
     for key, share in shares.items():
         axes.add_patch(Rectangle((x, y), width * share, .1, lw=.4, **dict(ec="white") | SHARE_LOOKS[key]))
         if share > .08: _note(axes, x + width * share / 2, y - .08, f"{labels[key]} {share:.0%}", ha="center")
@@ -382,11 +392,12 @@ def _framed(axes, x, y, picture, right):
 
 # %% ../nbs/12_paper_figures.ipynb #be9fac6c
 def draw_nearest(queries: list[dict], things: Things, recording: dict, pictures: list) -> Figure:
-    """A row per query: what was recorded, and the nearest pictures of a memory; right ones have a thick black frame.
+    """A row per query: what was recorded, and the nearest pictures of a memory, those of the right kind thickly framed.
 
     `queries`: dicts with `sources` (pairs of sense and thing, one or two), `cosines` and `kinds` of the neighbours, and
     over many queries the `shares` that show a right `kind` (and `colour`); `pictures[i]`: neighbours `[n,32,32,3]`."""
-    figure, axes = _canvas(PAGE, .86 * len(queries) + .3)
+    figure, axes = _canvas(PAGE, .86 * len(queries) + .48)
+    _note(axes, 2.1, .08, "thick frame: a kind that was recorded  ·  dotted: another kind", color="#555555")
     for x, title in ((.05, "recorded"), (2.1, "the nearest pictures, and their cosines"), (5.65, "over many queries")):
         axes.text(x, figure.get_figheight() - .12, title, fontweight="bold", va="center")
     for row, (query, near) in enumerate(zip(queries, pictures)):
@@ -429,28 +440,30 @@ def _mixing_curves(axes, mixing):
     inset.set(ylim=(0, 1), xlim=(0, 1), xlabel=f"share of the {second}", ylabel="captions")
 
 # %% ../nbs/12_paper_figures.ipynb #3fea95cf
-def _blind_guesses(axes, blind):
-    "Panel (c): asked for a colour that the sensor cannot see."
+def _blind_guesses(axes, blind, luck):
+    "Panel (c): asked for a colour that the sensor cannot see; dashed: two levels of luck, from below."
     axes.text(.05, 1.72, "(c) “what colour is it?”, asked of senses that see none", fontweight="bold")
-    inset = axes.inset_axes((.55, .35, 2.75, 1.2), transform=axes.transData)
+    _note(axes, .55, 1.56, "hatched: names a colour  ·  full: the right one", color="#555555")
+    inset = axes.inset_axes((.55, .25, 2.5, 1.2), transform=axes.transData)
     for i, (sense, row) in enumerate(blind.items()):
         inset.bar(i - .2, row["names_one"], .36, fc="white", ec=SENSE_COLOURS[sense], hatch="////", lw=1)
         inset.bar(i + .2, row["right"], .36, color=SENSE_COLOURS[sense])
-    inset.axhline(1 / len(COLOURS), color="k", ls="--", lw=.7)
-    inset.text(len(blind) - .45, 1 / len(COLOURS), " chance", fontsize=6, va="center")
+    for (name, share), side in zip(luck.items(), ("top", "bottom")):
+        inset.axhline(share, color="k", ls="--", lw=.7)
+        inset.text(1.02, share, name, fontsize=6, va=side, transform=inset.get_yaxis_transform())
     inset.set(xticks=range(len(blind)), xticklabels=blind, ylim=(0, 1.02), yticks=[0, .5, 1], ylabel="answers")
-    axes.text(.55, .08, "hatched: names a colour  ·  full: the right one", fontsize=6.5, color="#555555")
 
 # %% ../nbs/12_paper_figures.ipynb #ea92514e
 def draw_failures(failures: dict, things: Things, recording: dict) -> Figure:
     """Mixing ratios, colours that nobody saw, and questions about nothing (paper, figure 13).
 
     `failures`: `mixing` (`pair` of (sense, thing), `weights` of the second, `answers`, `pairs`, `shares[off, on]` of
-    `first`, `second`, `neither`), `blind[SENSE]` (`names_one`, `right`), `nothing` (rows of what, question, answer)."""
+    `first`, `second`, `neither`), `blind[SENSE]` (`names_one`, `right`), `luck` (name → share right by guessing, the
+    lower first), `nothing` (rows of what, question, answer)."""
     figure, axes = _canvas(PAGE, 4.15)
     _mixing_answers(axes, failures["mixing"], things, recording)
     _mixing_curves(axes, failures["mixing"])
-    _blind_guesses(axes, failures["blind"])
+    _blind_guesses(axes, failures["blind"], failures["luck"])
     axes.text(4.1, 1.72, "(d) Questions about nothing", fontweight="bold")
     for line, (what, question, answer) in enumerate(failures["nothing"]):
         y = 1.48 - .19 * line
@@ -466,25 +479,33 @@ SYSTEM_LOOKS = {  # colour, marker
     "LLaMA-Adapter": ("#CC79A7", "s"), "MiniGPT-4": ("#E69F00", "P"), "BLIP2": ("#777777", "X"),
     "InstructBLIP": ("#000000", "*"), "Otter": ("#A6A000", "^"), "LLaVA": ("#009E73", "<")}
 
+def _marks(axes, scores, place, systems, hollow=()):
+    "The scores of a row, each system at its own height, so that equal scores are seen; those of `hollow` are hollow."
+    for i, (system, score) in enumerate(zip(systems, scores)):
+        _mark(axes, score, place + .12 * (i - (len(systems) - 1) / 2), system, system not in hollow)
+
 def _mark(axes, score, place, system, full=True):
-    "One system's score in row `place`."
+    "One system's score at height `place`."
     colour, mark = SYSTEM_LOOKS[system]
     ours = system == "ImageBind-LLM"
-    look = dict(ms=6 if ours else 3.8, mec=colour, mfc=colour if full else "w", mew=.6, zorder=3 - ours)
+    look = dict(ms=5 if ours else 3.8, mec=colour, mfc=colour if full else "w", mew=.6, zorder=3 - ours)
     axes.plot(score, place, mark, **look)
 
+# %% ../nbs/12_paper_figures.ipynb #0669113f
 def _rows(axes, names):
-    "A row for each of `names`, from the top, between faint lines."
-    for place in range(len(names)): axes.axhline(place, color="#E4E4E4", lw=.6, zorder=0)
-    axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .4, -.6))
+    "A row for each of `names`, from the top, every second one shaded."
+    for place in range(0, len(names), 2): axes.axhspan(place - .5, place + .5, color="#F0F0F0", lw=0, zorder=0)
+    axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .5, -.5))
     axes.tick_params(axis="y", length=0)
 
 def _legend_of_systems(figure, systems, tokens, more=()):
     "A legend below, with the number of visual tokens, and `more` handles."
-    handles = [Line2D([], [], marker=SYSTEM_LOOKS[s][1], ls="", ms=4, color=SYSTEM_LOOKS[s][0], label=f"{s} ({n})")
+    handles = [Line2D([], [], marker=SYSTEM_LOOKS[s][1], ls="", ms=5 if s == "ImageBind-LLM" else 4,
+                      color=SYSTEM_LOOKS[s][0], label=f"{s} ({n})")
                for s, n in sorted(zip(systems, tokens), key=lambda pair: pair[1])]
     figure.legend(handles=[*handles, *more], loc="outside lower center", ncols=4, frameon=False,
-                  title="quoted from the paper: system (visual tokens)", title_fontsize=7)
+                  title="quoted from the paper: system (visual tokens); height within a row only keeps them apart",
+                  title_fontsize=7)
 
 # %% ../nbs/12_paper_figures.ipynb #e06bcbc5
 def draw_mme(mme: dict) -> Figure:
@@ -496,7 +517,7 @@ def draw_mme(mme: dict) -> Figure:
     for axes, part in zip(panels, ("perception", "cognition")):
         _rows(axes, mme[part])
         for place, task in enumerate(mme[part]):
-            for system, score in zip(mme["systems"], mme["scores"][task]): _mark(axes, score, place, system)
+            _marks(axes, mme["scores"][task], place, mme["systems"])
         lines = [axes.axvline(at, color="k", lw=.9, ls=dash, zorder=1, label=name)
                  for at, dash, name in ((50, "--", "one answer to everything"), (75, ":", "a coin"))]
         axes.set_title(part, loc="left", fontweight="bold")
@@ -517,8 +538,9 @@ def draw_traditional(tables: dict) -> Figure:
         for axes, (title, sets) in zip(panels, part):
             _rows(axes, sets)
             for place, name in enumerate(sets):
-                for system, score in zip(tables["systems"], tables["scores"][name]):
-                    _mark(axes, score, place, system, [name, system] not in tables["doubtful"])
+                hollow = [system for doubted, system in tables["doubtful"] if doubted == name]
+                _marks(axes, tables["scores"][name], place, tables["systems"], hollow)
             axes.set_xlim(left=0); axes.set_title(title, loc="left", fontweight="bold")
-    _legend_of_systems(figure, tables["systems"], tables["visual_tokens"])
+    doubtful = Line2D([], [], marker="D", ls="", ms=4, mec="k", mfc="w", mew=.6, label="hollow: a doubtful number")
+    _legend_of_systems(figure, tables["systems"], tables["visual_tokens"], [doubtful])
     return figure

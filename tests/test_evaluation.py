@@ -123,12 +123,14 @@ def test_paired_difference_is_scipys_standard_error_over_things():
     assert (result["low"], result["high"]) == pytest.approx(
         (difference.mean() - 1.96 * error, difference.mean() + 1.96 * error), abs=1e-4)
     assert result["p"] == pytest.approx(2 * stats.norm.sf(abs(difference.mean()) / error))
+    assert result["seeds"] == pytest.approx((after.double() - before.double()).mean(1).tolist(), abs=1e-4)
 
 
 def test_paired_difference_counts_a_thing_once_however_often_it_is_asked():
     before, after = torch.arange(50) < 20, torch.arange(50) < 30
-    assert paired_difference(before, after) == paired_difference(before.expand(7, 2, -1), after.expand(7, 2, -1))
-    assert paired_difference(before, before) == dict(mean=0, low=0, high=0, p=1)
+    once, often = paired_difference(before, after), paired_difference(before.expand(7, 2, -1), after.expand(7, 2, -1))
+    assert once | dict(seeds=[.2] * 7) == often and once["seeds"] == [.2]
+    assert paired_difference(before, before) == dict(mean=0, low=0, high=0, p=1, seeds=[0])
     assert paired_difference(torch.zeros(4), torch.ones(4))["p"] == 0
 
 

@@ -1,4 +1,6 @@
-"The experiments' results files: complete, what the figures show, and found again by a small part of the experiment."
+"The experiments' results files: complete, what notebooks and figures show, and found again in part."
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,62 @@ DRAW = dict(
 )
 
 
+def said(notebook, piece):
+    "What the one code cell of an experiment whose source holds `piece` printed or returned, as committed."
+    cells = json.loads((ROOT / f"nbs/experiments/{notebook}.ipynb").read_text())["cells"]
+    [cell] = [c for c in cells if c["cell_type"] == "code" and piece in "".join(c["source"])]
+    return "".join("".join(o.get("text") or o.get("data", {}).get("text/plain", ())) for o in cell["outputs"])
+
+
+def numbers(part):
+    "All numbers in a part of a results file, in order."
+    if not isinstance(part, dict | list): return [part]
+    return [number for inner in (part.values() if isinstance(part, dict) else part) for number in numbers(inner)]
+
+
+def stand_in_order(wanted, text):
+    "Whether the numbers `wanted` stand in `text` one after another, each rounded as it is printed there."
+    printed = re.finditer(r"[-+]?\d+(?:\.(\d+))?", text)
+    def shows(shown, number): return float(shown[0]) == (round(number, len(shown[1])) if shown[1] else number)
+    return all(any(shows(shown, number) for shown in printed) for number in wanted)
+
+
+SAID = {
+    ("01_cache_ablation", "table(part, \"kind\")"): lambda: [
+        [cells["kind"][which]["mean"] for which in ("raw", "cache", "difference")]
+        for by in load_results("cache_ablation")["headline"].values() for cells in by.values()],
+    ("01_cache_ablation", "{setting:32} {s}"): lambda: load_results("cache_ablation")["tried"],
+    ("02_modality_gap", "table(controls)"): lambda: load_results("modality_gap")["controls"],
+    ("03_gates", "{asked:18}"): lambda: [
+        [v["mean"], v["spread"]] for by in (*load_results("gates")["ability"].values(), load_results("gates")["kind"])
+        for moments in by.values() for v in moments.values()],
+    ("04_injection_forms", "{v['spread']:.3f}"): lambda: [
+        [v["mean"], v["spread"]] for by in load_results("injection_forms")["scores"].values() for v in by.values()],
+    ("05_parts_and_stages", "{v['spread']:.3f}"): lambda: [
+        [v["mean"], v["spread"]] for by in load_results("parts_and_stages")["scores"].values() for v in by.values()],
+    ("06_emergence", "overview = {"): lambda: load_results("emergence")["overview"],
+    ("06_emergence", "better than both links"): lambda: load_results("emergence")["chain"],
+    ("07_arithmetic", "retrieval |= "): lambda: load_results("arithmetic")["retrieval"],
+    ("07_arithmetic", "middle = {"): lambda: [[shares[5] for shares in course.values()]
+                                              for course in load_results("arithmetic")["walks"].values()],
+    ("08_map", "masked_fill(~other"): lambda: load_results("joint_map")["numbers"],
+    ("08_map", "arrows |= "): lambda: load_results("joint_map")["arrows"],
+    ("09_what_it_should_not_say", "chosen |= "): lambda: load_results("silence")["lessons"],
+    ("09_what_it_should_not_say", "places = {"): lambda: [
+        s["mean"] for by in load_results("silence")["places"].values() for v in by.values() for s in v.values()],
+    ("10_the_papers_figures", "blind = {"): lambda: load_results("paper_figures")["failures"]["blind"],
+    ("12_other_towers", "zero_shots = {"): lambda: load_results("other_towers")["zero_shot"],
+}
+
+
+@pytest.mark.parametrize("where", SAID, ids=" · ".join)
+def test_a_notebook_shows_the_numbers_of_its_results_file(where):
+    wanted, text = numbers(SAID[where]()), said(*where)
+    assert stand_in_order(wanted, text)
+    for i in range(len(wanted)):
+        assert not stand_in_order([*wanted[:i], wanted[i] + 1.3, *wanted[i + 1:]], text), "another number would be seen"
+
+
 @pytest.mark.usefixtures("clean_style", "same_matplotlib")
 @pytest.mark.parametrize("name", DRAW)
 def test_a_committed_figure_is_what_its_results_give(name, tmp_path):
@@ -70,6 +128,93 @@ def test_the_cache_ablation_is_complete():
                 if cell["carried"]: continue
                 chance = dict(colour=1 / 6, motion=1 / 4)[attribute]                # a kind comes in six of the colours
                 assert max(cell["raw"]["mean"], cell["cache"]["mean"]) < chance + .02, "a sense that cannot know it"
+
+
+def test_the_cache_names_kinds_better_in_every_seed_unless_they_were_never_pictured():
+    headline = load_results("cache_ablation")["headline"]
+    for sense in ("audio", "point", "depth", "thermal", "imu"):
+        d = headline["seen"][sense]["kind"]["difference"]
+        assert d["low"] > 0 and min(d["seeds"]) > 0, sense
+    for sense in ("image", "video", "text"):
+        d = headline["unseen"][sense]["kind"]["difference"]
+        assert d["high"] < 0 and max(d["seeds"]) < 0, sense
+
+
+def interval(gains, part, key="difference"):
+    "-1 or 1 if the interval of a difference lies below or above zero, else 0."
+    d = gains[key][part]
+    return (d["low"] > 0) - (d["high"] < 0)
+
+
+def test_knobs_are_compared_with_no_cache_and_none_of_them_helps_both_parts():
+    results = load_results("cache_ablation")
+    none, sweeps = results["memories"]["no cache"], results["sweeps"]
+    for sweep in sweeps.values():
+        for scores, gains in zip(sweep["scores"], sweep["gains"], strict=True):
+            for part in ("seen", "unseen"):
+                others = np.mean([v for sense, v in scores[part].items() if sense != "image"])
+                assert others - none[part] == pytest.approx(gains["difference"][part]["mean"], abs=3e-4)
+                assert scores[part]["image"] - none[f"{part}_image"] == pytest.approx(
+                    gains["image"][part]["mean"], abs=2e-4)
+            assert interval(gains, "unseen") <= 0
+    quarter = sweeps["weight"]["gains"][sweeps["weight"]["values"].index(.25)]
+    assert [interval(quarter, part) for part in ("seen", "unseen")] == [1, 0]
+    assert interval(quarter, "unseen", "image") == -1
+
+
+def test_memories_are_compared_with_no_cache():
+    memories = load_results("cache_ablation")["memories"]
+    for row in memories.values():
+        for key, gains in row["gains"].items():
+            for part, d in gains.items():
+                name = part if key == "difference" else f"{part}_image"
+                assert row[name] - memories["no cache"][name] == pytest.approx(d["mean"], abs=2e-4)
+    gains = {name: row["gains"] for name, row in memories.items()}
+    for name in ("the released kind: pictures", "captions"):
+        assert [interval(gains[name], part) for part in ("seen", "unseen")] == [1, -1]
+    for name in ("noise", "noise shaped like pictures"):
+        assert (interval(gains[name], "seen"), interval(gains[name], "seen", "image")) == (0, -1)
+    wide = gains["pictures of all combinations"]
+    assert (interval(wide, "seen"), interval(wide, "unseen"), interval(wide, "unseen", "image")) == (1, 1, 0)
+    assert load_results("cache_ablation")["missing"]["kinds not in it"]["difference"]["high"] < 0
+
+
+def test_ways_beyond_the_cache_are_compared_with_it_and_with_nothing():
+    results = load_results("cache_ablation")
+    beyond = results["beyond"]
+    for name, row in beyond.items():
+        for reference, differences in {"the paper's cache": row, "no cache": row["to_no_cache"]}.items():
+            for part, d in differences["difference"].items():
+                by_seed = [b - a for a, b in zip(*(beyond[n]["by_seed"][part]["seeds"] for n in (reference, name)))]
+                assert by_seed == pytest.approx(d["seeds"], abs=2e-4) and len(by_seed) == row["seeds"] >= 3
+                assert name == reference or d["p"] <= d["p_holm"] <= 1
+    best = max((n for n in beyond if n != "no cache"), key=lambda n: beyond[n]["difference"]["seen"]["mean"])
+    assert best == "whitening" and all(interval(beyond[best], part) == 1 for part in ("seen", "unseen"))
+    assert [interval(beyond[best]["to_no_cache"], "unseen", key) for key in ("difference", "image")] == [-1, -1]
+    assert interval(beyond["bridge"]["to_no_cache"], "unseen") == 1
+
+
+def test_words_are_compared_with_the_feature_after_the_cache():
+    words = load_results("cache_ablation")["words"]
+    reference = words["feature after the cache"]["test"]
+    for name, row in words.items():
+        for key, suffix in dict(difference="", image="_image").items():
+            for part, d in row[key].items():
+                gained = row["test"][part + suffix] - reference[part + suffix]
+                assert gained == pytest.approx(d["mean"], abs=2e-4)
+                assert name == "feature after the cache" or d["p"] <= d["p_holm"] <= 1
+    best = max(words, key=lambda name: words[name]["test"]["seen"])
+    assert best == "that sentence alone"
+    assert all(interval(words[best], part, key) == 1 for part in ("seen", "unseen") for key in ("difference", "image"))
+
+
+def test_sounds_and_motion_fail_by_naming_no_kind():
+    faults = load_results("cache_ablation")["faults"]
+    for sense in ("audio", "imu"):
+        by = faults[f"{sense}, raw"]
+        assert by["another kind"]["mean"] < .01 < by["no kind"]["mean"]
+        assert faults[f"{sense}, cache"]["no kind"]["mean"] < by["no kind"]["mean"]
+    assert faults["image, raw"]["no kind"]["mean"] < .01 < faults["image, raw"]["another kind"]["mean"]
 
 
 def test_a_part_of_the_ablation_is_found_again():
@@ -106,9 +251,34 @@ def test_ways_in_are_compared_thing_by_thing():
     results = load_results("injection_forms")
     assert len(results["seeds"]) >= 3 and results["n"]["pictured"] >= 1000
     assert list(results["scores"]) == list(results["losses"]) == list(figures.FORM_LOOKS)
+    seconds = results["step_seconds"]
+    assert {form: s / seconds["attention output"] for form, s in seconds.items()} == \
+        pytest.approx(results["slower"], rel=.2), "a median of ratios is about the ratio of medians"
     assert all(results["rates"][form] == max(tried, key=tried.get) for form, tried in
                ((form, {float(rate): v for rate, v in by.items()}) for form, by in results["tried"].items()))
     assert_paired(results["scores"], results["difference"], "attention output")
+
+
+def test_starts_of_the_gates_are_asked_the_same_at_every_moment():
+    results = load_results("gates")
+    starts, moments = list(figures.GATE_COLOURS), list(figures.MOMENTS)
+    assert len(results["seeds"]) >= 3 and results["n"] >= 1000
+    for by in results["ability"].values():
+        assert list(by) == starts and all(list(course) == moments for course in by.values())
+        assert by["zero"]["before"]["seeds"] == [1] * len(results["seeds"]), "a shut gate lets nothing in"
+    assert_paired(results["kind"], results["difference"], "zero")
+    for by in results["difference"].values():
+        for d in by.values(): assert len(d["seeds"]) == len(results["seeds"]) and max(d["seeds"]) < 0, "zero gates lead"
+
+
+def test_gates_open_from_zero_and_are_needed():
+    results = load_results("gates")
+    kind = {gates: by["after stage 2"]["mean"] for gates, by in results["kind"].items()}
+    assert kind["open"] < .2 < .5 < min(kind["zero"], kind["random"])
+    opening, final = torch.tensor(results["opening"]), torch.tensor(results["final"])
+    assert opening.shape == (len(results["seeds"]), 100, 4, 4) and not opening[:, 0].any()
+    assert torch.allclose(opening[:, -1], final, atol=.002), "the rate ends at zero, and so does the way"
+    assert final[0].abs().mean(1).argmax() == 3, "the last layer opens widest"
 
 
 def test_parts_are_compared_thing_by_thing():
@@ -117,6 +287,8 @@ def test_parts_are_compared_thing_by_thing():
     assert {arm for arms in results["groups"].values() for arm in arms} == set(results["scores"])
     assert results["scores"]["stage 2 alone"]["kind, pictured"]["mean"] < .2, "blind by construction"
     assert_paired(results["scores"], results["difference"], "reference")
+    for arm, sign in {"linear": -1, "stage 1 alone": 1, "stage 2 alone": -1, "joint": 1}.items():
+        for d in results["difference"][arm].values(): assert min(sign * seed for seed in d["seeds"]) > 0, arm
     rivals = {arm: results["scores"][arm] for arm in ("reference, cache", *results["to_cache"])}
     assert_paired(rivals, results["to_cache"], "reference, cache")
 
@@ -125,11 +297,14 @@ def test_the_other_towers_are_measured_like_the_shipped_ones():
     results = load_results("other_towers")
     assert len(results["seeds"]) >= 3 and results["n"]["seen"] >= 1000
     for part, agreement in results["agreement"].items():
-        assert list(results["gains"]["shipped"][part]) == list(results["gains"]["other"][part]) == list(SENSORS)
-        assert sum(agreement.values()) == len(SENSORS)
-        for sense, row in results["gains"]["other"][part].items():
-            gained = row["cache"]["mean"] - row["raw"]["mean"]
-            assert gained == pytest.approx(row["difference"]["mean"], abs=2e-4), sense
+        carried = [f"{sense} {attribute}" for sense in SENSORS for attribute in CARRIES[sense]]
+        assert sorted(name.split(",")[0] for names in agreement.values() for name in names) == sorted(carried)
+        for by in results["headline"].values():
+            assert list(by[part]) == list(SENSORS)
+            for cell in (cell for cells in by[part].values() for cell in cells.values()):
+                assert len(cell["difference"]["seeds"]) == len(results["seeds"])
+                gained = cell["cache"]["mean"] - cell["raw"]["mean"]
+                assert gained == pytest.approx(cell["difference"]["mean"], abs=2e-4)
 
 
 def test_emergence_is_measured_for_all_pairs_of_senses():
@@ -148,6 +323,19 @@ def test_the_gap_has_its_controls_and_its_course():
     for course in results["courses"].values():
         steps = [row["step"] for row in course]
         assert steps[0] == 0 and steps == sorted(steps) and course[0]["pair"] < course[-1]["pair"]
+    assert not any(name.endswith(" 14") for name in results["gains"]), "the shipped towers count once"
+    assert all(by["raw"]["low"] <= by["raw"]["r"] <= by["raw"]["high"] for by in results["correlations"].values())
+
+
+def test_a_third_sound_leads_nowhere_and_the_cache_helps_only_what_was_pictured():
+    sums = load_results("arithmetic")["sums"]
+    assert sums["swap"]["seen"]["off"]["both"]["mean"] > .9
+    for part in ("seen", "unseen"):
+        for row in ("off", "on"): assert sums["swap with a third sound"][part][row]["both"]["mean"] < .05
+    for name in ("swap", "mixture", "direction"):
+        for part, sign in dict(seen=1, unseen=-1).items():
+            d = sums[name][part]["difference"]
+            assert all(sign * x > 0 for x in (d["low"], d["high"], *d["seeds"])) and d["p_holm"] < .05, (name, part)
 
 
 def test_sums_are_compared_question_by_question():
@@ -165,16 +353,18 @@ def test_sums_are_compared_question_by_question():
 def test_answers_that_should_not_be_given_are_counted_in_full():
     results = load_results("silence")
     assert len(results["seeds"]) >= 3 and results["best"] in results["lessons"]
-    for case, by in results["outcomes"].items():
+    everything = results["outcomes"] | results["other_outcomes"]
+    empty = ("noise", "mean picture", "zero", "strange questions", "new questions")
+    for case, by in everything.items():
         for when, rows in by.items():
             for cells in rows.values():
                 assert sum(s["mean"] for s in cells.values()) == pytest.approx(1, abs=1e-3), "every answer ends one way"
                 assert when != "before" or cells["refused"]["mean"] == 0, "nobody had taught it to refuse"
-                assert case in ("carried", "not carried") or cells["right"]["mean"] == 0, "nothing can be right"
+                assert case not in empty or cells["right"]["mean"] == 0, "nothing can be right"
     for key, d in results["changes"].items():
         row, case, outcome, *control = key.split(", ")
         if control: continue
-        gained = (results["outcomes"][case][when][row][outcome]["mean"] for when in ("after", "before"))
+        gained = (everything[case][when][row][outcome]["mean"] for when in ("after", "before"))
         assert next(gained) - next(gained) == pytest.approx(d["mean"], abs=2e-4)
     for curve in results["curves"].values():
         assert curve["coverage"] == sorted(curve["coverage"]) and curve["coverage"][-1] <= 1

@@ -1,11 +1,13 @@
 "Figures: the same data gives the same bytes, and what is drawn is what the results say."
 import matplotlib.pyplot as plt
 import pytest
+import torch
 from matplotlib.colors import to_hex
 
 from ibllm.figures import (
-    ROW_COLOURS, SENSE_COLOURS, STYLE, draw_accuracy, draw_arithmetic, draw_beyond, draw_emergence, draw_gains,
-    draw_gates, draw_sweeps, save_figure, show_answers, show_things)
+    GATE_COLOURS, MOMENTS, ROW_COLOURS, SENSE_COLOURS, STYLE, draw_accuracy, draw_arithmetic, draw_beyond,
+    draw_emergence, draw_gains, draw_gate_opening, draw_gate_starts, draw_gates, draw_joint_map, draw_sweeps,
+    save_figure, show_answers, show_things)
 from ibllm.world import ATTRIBUTES, CARRIES, SENSORS, draw_things, record
 
 pytestmark = pytest.mark.usefixtures("clean_style")
@@ -55,32 +57,39 @@ def test_a_figure_drawn_again_is_the_same_file(draw, things, recording, tmp_path
 def gains():
     "A headline in which every difference is another one."
     return {part: {s: {a: dict(carried=a in CARRIES[s], difference=dict(
-        mean=(d := (i + 8 * j + 32 * k) / 100), low=d - .01, high=d + .02)) for j, a in enumerate(ATTRIBUTES)}
-        for i, s in enumerate(SENSORS)} for k, part in enumerate(("seen", "unseen"))}
+        mean=(d := (i + 8 * j + 32 * k) / 100), low=d - .01, high=d + .02, seeds=[d - .1, d, d + .1]))
+        for j, a in enumerate(ATTRIBUTES)} for i, s in enumerate(SENSORS)} for k, part in enumerate(("seen", "unseen"))}
 
 
-def test_gains_are_drawn_for_carried_attributes_with_their_intervals():
+def test_gains_are_drawn_for_carried_attributes_with_their_intervals_and_seeds():
     given = gains()
     for axes, by in zip(draw_gains(given).axes, given.values()):
         carried = [c["difference"] for cells in by.values() for c in cells.values() if c["carried"]]
-        spans, points = ([tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == n] for n in (2, 1))
+        spans, points, seeds = ([tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == n]
+                                for n in (2, 1, 3))
         assert spans[:-1] == [(d["low"], d["high"]) for d in carried] and spans[-1] == (0, 0)
         assert points == [(d["mean"],) for d in carried]
+        assert seeds == [tuple(d["seeds"]) for d in carried]
 
 
-def test_sweeps_draw_every_sense_and_the_mean_of_all_but_the_image():
+def test_sweeps_draw_every_sense_the_mean_of_all_but_the_image_and_its_interval():
     scores = [{part: {s: v + i / 50 for i, s in enumerate(SENSORS)} for part in ("seen", "unseen")} for v in (.5, .6)]
-    [axes] = draw_sweeps(dict(k=dict(values=[1, 1_000], scores=scores))).axes
+    gains = [dict(difference={part: dict(mean=d, low=d - .01, high=d + .02) for part in ("seen", "unseen")})
+             for d in (.1, .2)]
+    [axes] = draw_sweeps(dict(k=dict(values=[1, 1_000], scores=scores, gains=gains))).axes
     drawn = [tuple(round(y, 6) for y in line.get_ydata()) for line in axes.lines]
     assert drawn[:8] == [(round(.5 + i / 50, 6), round(.6 + i / 50, 6)) for i in range(8)]
-    assert drawn[8] == drawn[9] == (.58, .68), "the mean of 1 to 7 fiftieths is 4"
+    assert drawn[8] == drawn[10] == (.58, .68), "the mean of 1 to 7 fiftieths is 4"
+    assert drawn[9] == drawn[11] == (.48, .48), "no cache"
+    band = axes.collections[0].get_paths()[0].vertices
+    assert {tuple(corner) for corner in band.round(6).tolist()} == {(0, .57), (0, .6), (1, .67), (1, .7)}
     assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "1,000"]
 
 
 def test_ways_are_sorted_and_full_where_they_are_significant():
     def way(mean, p): return dict(
         setting="", difference={part: dict(mean=mean, low=0, high=0, p=0, p_holm=p) for part in ("seen", "unseen")},
-        image={part: dict(mean=0, low=0, high=0, p=1) for part in ("seen", "unseen")})
+        image={part: dict(mean=0, low=0, high=0, p=0, p_holm=1) for part in ("seen", "unseen")})
     given = dict(better=way(.1, .01), worse=way(-.1, .01), alike=way(0, .06), paper=way(0, 1))
     for d in given["paper"]["difference"].values(): del d["p_holm"]
     axes = draw_beyond(given).axes[0]
@@ -88,15 +97,34 @@ def test_ways_are_sorted_and_full_where_they_are_significant():
     rounds = [line for line in axes.lines if line.get_marker() == "o"]
     assert [line.get_xdata()[0] for line in rounds] == [-.1, 0, .1]
     assert [line.get_markerfacecolor() for line in rounds] == ["k", "w", "k"]
+    assert {line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "s"} == {"w"}, "by Holm's p"
 
 
 def test_matrices_frame_what_was_trained_with_pairs():
     grid = [[(i + j) / 16 for j in range(8)] for i in range(8)]
     figure = draw_emergence(dict(senses=list(SENSORS), own=grid, alike=grid, naming=grid))
-    for axes in figure.axes:
-        assert axes.images[0].get_array().tolist() == grid
+    itself = [[None if i == j else grid[i][j] for j in range(8)] for i in range(8)]
+    for axes, drawn in zip(figure.axes, (itself, grid, grid)):
+        assert axes.images[0].get_array().tolist() == drawn
         framed = {(round(p.get_y() + .46), round(p.get_x() + .46)) for p in axes.patches}
         assert framed == {(i, j) for i in range(8) for j in range(8) if i != j and min(i, j) < 2}
+
+
+def test_a_map_tells_its_neighbours_and_those_of_the_space_in_an_order_that_mixes_the_senses():
+    n, places = 8 * 3, torch.arange(104.).reshape(52, 2).numpy()       # 3 things, raw, after the cache, and 4 sums
+    shares = {name: {half: dict(kind=i / 10, sense=(i + half.count("c")) / 20) for half in ("raw", "cache")}
+              for i, name in enumerate(("space", "UMAP", "PCA", "chance"))}
+    figure = draw_joint_map(dict(senses=list(SENSORS), count=3, kinds=[0, 5, 11], numbers=shares),
+                            dict(UMAP=places, PCA=places))
+    assert [axes.get_title().splitlines()[1] for axes in figure.axes] == [
+        "same sense 0.05 (0.00)", "same sense 0.15 (0.10)", "same kind 0.10 (0.00)",
+        "same kind 0.10 (0.00)", "same kind 0.20 (0.00)"]
+    for axes, start in zip(figure.axes, (0, n, 0, 0, 0)):
+        rows = (axes.collections[0].get_offsets()[:, 0] / 2 - start).astype(int).tolist()
+        assert sorted(rows) == list(range(n)) != rows
+    rows = (figure.axes[0].collections[0].get_offsets()[:, 0] / 2).astype(int).tolist()
+    colours = [to_hex(colour).upper() for colour in figure.axes[0].collections[0].get_facecolors()]
+    assert colours == [list(SENSE_COLOURS.values())[row // 3] for row in rows]
 
 
 def test_sums_and_walks_are_the_results():
@@ -167,6 +195,31 @@ def test_gates_are_white_at_zero():
         image = draw_gates(gates).axes[0].images[0]
         assert -image.norm.vmin == image.norm.vmax == (max(abs(g) for g in gates[0]) or 1)
         assert image.get_array().tolist() == gates
+
+
+def test_every_start_of_the_gates_is_drawn_on_one_scale():
+    def at(*where): return sum(map(ord, "".join(where))) % 89 / 100
+    def course(injected, gates, moments): return {
+        when: dict(mean=at(injected, gates, when), seeds=[at(injected, gates, when), .95]) for when in moments}
+    ability = {injected: {gates: course(injected, gates, MOMENTS) for gates in GATE_COLOURS} for injected in ("a", "b")}
+    kind = {gates: course("kind", gates, MOMENTS[1:]) for gates in GATE_COLOURS}
+    figure = draw_gate_starts(dict(ability=ability, kind=kind))
+    for axes, by in zip(figure.axes, [*ability.values(), kind], strict=True):
+        assert axes.get_ylim() == (0, 1.05)
+        for gates, moments in by.items():
+            line, *dots = [drawn for drawn in axes.lines if drawn.get_color() == GATE_COLOURS[gates]]
+            assert list(line.get_ydata()) == [value["mean"] for value in moments.values()]
+            assert [list(drawn.get_ydata()) for drawn in dots] == [value["seeds"] for value in moments.values()]
+            assert [round(x) for x in line.get_xdata()] == [MOMENTS.index(when) for when in moments]
+
+
+def test_the_way_of_the_gates_keeps_its_sign():
+    opening = [[[0, 0], [0, 0]], [[-.25, .5], [.75, -1]]]                          # [points, layers, heads]
+    figure = draw_gate_opening(dict(opening=[opening], steps=dict(stage_one=10), seeds=[7]))
+    axes, _ = figure.axes
+    assert [list(line.get_ydata()) for line in axes.lines[1:]] == [[0, -.25], [0, .5]]
+    assert list(axes.lines[1].get_xdata()) == [0, 5] and "seed 7" in axes.get_ylabel()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["head 0", "head 1"]
 
 
 def test_an_unknown_attribute_is_explained_in_one_line():

@@ -95,6 +95,14 @@ def test_shares_are_shares(results):
     assert sum(results["cache"]["weights"]) == pytest.approx(1, abs=.01)
 
 
+def test_colours_that_a_sense_cannot_see_stand_beside_both_levels_of_luck(results, cast):
+    luck = {"1 of 8: luck": 1 / 8, "1 of 6: kind known": 1 / 6}
+    [axes] = paper_figures.draw_failures(dict(results["failures"], luck=luck), *cast).axes
+    [inset] = [inset for inset in axes.child_axes if inset.get_ylabel() == "answers"]
+    assert [line.get_ydata()[0] for line in inset.lines] == list(luck.values())
+    assert [text.get_text() for text in inset.texts] == list(luck)
+
+
 # Marks
 
 BELL = dict(kind="bell", colour="red", size="big", motion="still")
@@ -142,6 +150,13 @@ def test_quoted_figures_say_so_and_draw_every_number(tables):
         marks = [line for axes in figure.axes for line in axes.lines if len(line.get_xdata()) == 1]
         drawn = sorted(float(line.get_xdata()[0]) for line in marks)
         assert drawn == sorted(score for row in table["scores"].values() for score in row)
+
+
+def test_equal_scores_of_a_row_lie_apart(tables):
+    for figure in (draw_mme(tables["mme"]), draw_traditional(tables["traditional"])):
+        for axes in figure.axes:
+            marks = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1]
+            assert len(set(marks)) == len(marks) and all(abs(y - round(y)) < .5 for _, y in marks)
 
 
 def test_chance_levels_of_mme_are_drawn(tables):
