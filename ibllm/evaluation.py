@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import StoppingCriteria
 
 from .llama import merged
 from .model import ImageBindLLM, load
@@ -33,24 +34,42 @@ def score_captions(captions: list[str], things: Things) -> dict[str, Tensor]:
     read = [read_attributes(c) for c in captions]
     return {a: torch.tensor([r[a] for r in read]) == getattr(things, a) for a in ATTRIBUTES}
 
+# %% ../nbs/09_evaluation.ipynb #fd1f8717
+class _NearlyAll(StoppingCriteria):
+    "Ends a batch when at most one answer in twenty has not ended; `left` are the rows of those."
+    def __init__(self, eos: int): self.eos, self.prompt, self.left = eos, None, []
+
+    def __call__(self, ids, scores, **_):
+        self.prompt = self.prompt or ids.shape[1] - 1                       # asked first when one word is written
+        left = (ids[:, self.prompt:] != self.eos).all(1).nonzero()[:, 0].tolist()
+        stop = len(left) <= len(ids) // 20
+        if stop: self.left = left
+        return torch.full((len(ids),), stop, device=ids.device)
+
 # %% ../nbs/09_evaluation.ipynb #d41c2b02
 def answer_all(model, features: Tensor, prompts: str | tuple | list, chunk: int = 250) -> list[str]:
     """What `model.answer` says, greedily, about features `[N,D]`; `prompts` is one for all or a list of N.
 
-    `chunk` requests at a time, those with like prompts together, and with LoRA `merged` (so no other thread may
-    use the model meanwhile): the answers are those of single requests but for rounding. Raises ValueError for
-    lengths that differ."""
+    `chunk` requests at a time, those with like prompts together, the longest answers in a second round, and with LoRA
+    `merged` (so no other thread may use the model meanwhile): the answers are those of single requests but for
+    rounding. Raises ValueError for lengths that differ."""
     if not isinstance(prompts, list): prompts = [prompts] * len(features)
     if len(prompts) != len(features):
         raise ValueError(f"prompts: got {len(prompts)} for {len(features)} features, wants one, or one for each")
     order = sorted(range(len(prompts)), key=lambda i: (len(str(prompts[i])), str(prompts[i])))
-    answers = [""] * len(order)
+    answers, late = {}, []
+
+    def ask(rows, **options):
+        given = model.answer(features[rows], [prompts[i] for i in rows], do_sample=False, **options)
+        answers.update(zip(rows, given))
+
     with merged(model.llm):
         for start in range(0, len(order), chunk):
-            rows = order[start:start + chunk]
-            given = model.answer(features[rows], [prompts[i] for i in rows], do_sample=False)
-            for i, answer in zip(rows, given): answers[i] = answer
-    return answers
+            rows, nearly = order[start:start + chunk], _NearlyAll(model.tokenizer.eos_token_id)
+            ask(rows, stopping_criteria=[nearly])
+            late += [rows[i] for i in nearly.left]
+        for start in range(0, len(late), chunk): ask(late[start:start + chunk])
+    return [answers[i] for i in range(len(order))]
 
 # %% ../nbs/09_evaluation.ipynb #43ed7b32
 CAPTION_QUESTION = "describe it ."

@@ -2,6 +2,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,13 +30,13 @@ class Model:
     "Answers with the position that its feature holds; remembers how it was asked."
     class config:
         class encoder: feature_dim = 7
-    llm = torch.nn.Identity()
+    llm, tokenizer = torch.nn.Identity(), SimpleNamespace(eos_token_id=2)
 
     def __init__(self, replies): self.replies, self.batches = replies, []
     def enhance(self, features, cache): return features + 1 if cache else features
 
     def answer(self, features, questions, **options):
-        self.batches.append((tuple(features.shape), options))
+        self.batches.append((tuple(features.shape), options["do_sample"]))
         return [self.replies[int(i)] for i in features[:, 0]]
 
 
@@ -53,7 +54,7 @@ def test_caption_accuracy_asks_in_batches_and_with_the_cache():
     features = torch.arange(700.)[:, None]
     model = Model(captions + ["nothing"])
     assert all(hits.all() for hits in caption_accuracy(model, features, things).values())
-    assert model.batches == [((n, 1), {"do_sample": False}) for n in (250, 250, 200)]
+    assert model.batches == [((n, 1), False) for n in (250, 250, 200)]
     shifted = caption_accuracy(model, features, things, cache=True)
     assert shifted["kind"].float().mean() < .2 and not shifted["kind"][-1]
 
@@ -80,6 +81,26 @@ def test_many_questions_get_the_answers_they_get_alone():
     assert answer_all(model, features["audio"][:0], "what is it ?") == []
     with pytest.raises(ValueError, match="^prompts: got 9 for 2 features"):
         answer_all(model, features["audio"][:2], questions)
+
+
+def test_long_answers_are_asked_for_again_and_change_nothing(monkeypatch):
+    model, sizes = seed_models([0])[0], []
+    _, features = sense_features(model, "test", size=60, senses=("audio",))
+    questions = ["what is it ?"] * 58 + ["describe it ."] * 2              # an answer of two words, and of seven
+    alone = [model.answer(features["audio"][i:i + 1], q, do_sample=False)[0] for i, q in enumerate(questions)]
+    answer = model.answer
+    monkeypatch.setattr(model, "answer", lambda f, q, **options: sizes.append(len(f)) or answer(f, q, **options))
+    assert answer_all(model, features["audio"], questions) == alone and sizes == [60, 2]
+
+
+def test_a_batch_ends_when_nineteen_of_twenty_answers_have():
+    prompt, eos = torch.full((20, 3), 2), 2                                # what is padded with the end has not ended
+    stop = evaluation._NearlyAll(eos)
+    assert not stop(torch.cat([prompt, torch.arange(20)[:, None] % 3], 1), None).any() and stop.left == []
+    words = torch.full((20, 2), 5); words[1:, 1] = eos
+    assert stop(torch.cat([prompt, words], 1), None).all() and stop.left == [0]
+    few = evaluation._NearlyAll(eos)
+    for length in (4, 5): assert not few(torch.cat([prompt, words], 1)[:19, :length], None).any()
 
 
 def test_answer_accuracy_counts_exact_answers_per_topic():
