@@ -16,7 +16,7 @@ README ?= README.md
 WALKTHROUGH := $(sort $(wildcard nbs/walkthrough/0[1-5]_*.ipynb))
 # The longest first. 01 trains models that most others share; those that train their own go beside it.
 EXPERIMENTS := $(foreach number,01 05 12 04 09 03 02,$(wildcard nbs/experiments/$(number)_*.ipynb))
-EXPERIMENTS += $(filter-out $(EXPERIMENTS),$(sort $(wildcard nbs/experiments/*.ipynb)))
+EXPERIMENTS += $(filter-out $(EXPERIMENTS),$(sort $(wildcard nbs/experiments/[0-9]*.ipynb)))
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: reproduce experiments test check test-oldest lab explore chromium readme

@@ -1,8 +1,9 @@
 "Hand setuptools what settings.ini says; ship the trained Toyland weights of data/toyland inside the package."
+
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
@@ -19,9 +20,11 @@ setup(
     license=settings["license"],
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("gpu", "exr", "dev")},
-    packages=["ibllm", "ibllm.data"],
+    extras_require={
+        extra: settings[f"{extra}_requirements"].split() for extra in ("gpu", "exr", "dev")
+    },
+    packages=[*find_packages(include=["ibllm", "ibllm.*"]), "ibllm.data"],
     package_dir={"ibllm.data": "data"},
-    package_data={"ibllm": ["*.mplstyle"], "ibllm.data": ["toyland/**"]},
+    package_data={"ibllm": ["py.typed"], "ibllm.data": ["toyland/**"]},
     zip_safe=False,
 )

@@ -1,4 +1,5 @@
 "The visual cache against numbers recorded from the published system, against kills and full disks, and bad input."
+
 import copy
 import errno
 import json
@@ -13,12 +14,15 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import ibllm.cache
-from ibllm.cache import FORMS, Shards, VisualCache, Whitening, embed_images, encoder_fingerprint, write_shard
+from ibllm.cache import FORMS, VisualCache, Whitening
+from ibllm.encoders import encoder_fingerprint
+from ibllm.shards import Shards, embed_images, write_shard
 
 GOLDEN = Path(__file__).parent / "golden" / "cache_tiny"
 META = json.loads((GOLDEN / "meta.json").read_text())
@@ -26,11 +30,13 @@ TOLERANCE = META["tolerance"]
 
 
 @pytest.fixture(scope="module")
-def golden(): return {**load_file(GOLDEN / "inputs.safetensors"), **load_file(GOLDEN / "outputs.safetensors")}
+def golden():
+    return {**load_file(GOLDEN / "inputs.safetensors"), **load_file(GOLDEN / "outputs.safetensors")}
 
 
 @pytest.fixture(scope="module")
-def published_index(): return VisualCache.load(GOLDEN / "knn.index")
+def published_index():
+    return VisualCache.load(GOLDEN / "knn.index")
 
 
 def features(n=6, width=16, seed=0):
@@ -41,7 +47,9 @@ def features(n=6, width=16, seed=0):
 def test_recorded_cases(case, golden, published_index):
     name, k = f"case{case['case']}", case["cache_size"]
     query = F.normalize(golden["queries"], dim=1) / (1 + 1e-6)
-    result = published_index.enhance(query, k=k, temperature=case["cache_t"], weight=case["cache_weight"])
+    result = published_index.enhance(
+        query, k=k, temperature=case["cache_t"], weight=case["cache_weight"]
+    )
     assert torch.allclose(result, golden[f"{name}/enhanced"], **TOLERANCE)
     similarities, ids = published_index.search(query, k)
     assert torch.equal(ids, golden[f"{name}/top_indices"])
@@ -55,7 +63,12 @@ def test_index_built_here_equals_the_recorded_one(golden, published_index):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 999), k=st.integers(1, 30), temperature=st.floats(0, 100), weight=st.floats(0, 1))
+@given(
+    seed=st.integers(0, 999),
+    k=st.integers(1, 30),
+    temperature=st.floats(0, 100),
+    weight=st.floats(0, 1),
+)
 def test_batch_equals_one_at_a_time_and_is_unit(seed, k, temperature, weight):
     cache, query = VisualCache.build(features(30, seed=seed)), features(4, seed=seed + 1)
     together = cache.enhance(query, k, temperature, weight)
@@ -90,8 +103,12 @@ def test_any_index_with_reconstruction_survives_the_disk(factory, metric, tmp_pa
     faiss.write_index(index, str(tmp_path / "x.index"))
     cache = VisualCache.load(tmp_path / "x.index")
     assert cache.made_from == "x.index" and len(cache) == 120
-    exact = VisualCache.build(torch.from_numpy(memory)).enhance(torch.from_numpy(memory[:4]), k=1, weight=1.0)
-    assert torch.allclose(cache.enhance(torch.from_numpy(memory[:4]), k=1, weight=1.0), exact, atol=0.02)
+    exact = VisualCache.build(torch.from_numpy(memory)).enhance(
+        torch.from_numpy(memory[:4]), k=1, weight=1.0
+    )
+    assert torch.allclose(
+        cache.enhance(torch.from_numpy(memory[:4]), k=1, weight=1.0), exact, atol=0.02
+    )
 
 
 def test_index_without_vectors_is_refused():
@@ -114,16 +131,20 @@ def test_save_load_round_trip(tmp_path):
     cache.save(tmp_path / "a.index")
     again = VisualCache.load(tmp_path / "a.index")
     assert again.made_from == "six vectors" and (len(again), again.width) == (6, 16)
-    assert torch.equal(again.enhance(features(2, seed=3), k=3), cache.enhance(features(2, seed=3), k=3))
+    assert torch.equal(
+        again.enhance(features(2, seed=3), k=3), cache.enhance(features(2, seed=3), k=3)
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.index", "a.index.json"]
 
 
 def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     VisualCache.build(features()).save(tmp_path / "a.index")
     before = (tmp_path / "a.index").read_bytes()
+
     def half(index, writer):
         next(tmp_path.glob("*.part")).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "disk full")
+
     monkeypatch.setattr(faiss, "write_index", half)
     with pytest.raises(OSError, match="path: cannot write .*: disk full"):
         VisualCache.build(features(9)).save(tmp_path / "a.index")
@@ -133,43 +154,53 @@ def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 # Forms
 
+
 def clustered(n, width=32, seed=0):
     "Unit features in a few dozen cells of unequal size, most of their variance in few directions."
     draw = torch.Generator().manual_seed(seed)
-    spread = torch.arange(1, width + 1).pow(-.5)
+    spread = torch.arange(1, width + 1).pow(-0.5)
     centres = torch.randn(40, width, generator=torch.Generator().manual_seed(9)) * spread
     which = (40 * torch.rand(n, generator=draw) ** 2).long()
-    return F.normalize(1 / width ** .5 + centres[which] + .5 * torch.randn(n, width, generator=draw) * spread, dim=1)
+    return F.normalize(
+        1 / width**0.5 + centres[which] + 0.5 * torch.randn(n, width, generator=draw) * spread,
+        dim=1,
+    )
 
 
 @pytest.fixture(scope="module")
-def large(): return clustered(6000)
+def large():
+    return clustered(6000)
 
 
 @pytest.fixture(scope="module")
 def away():
     "Queries off the memory's manifold: other features, shifted by a constant gap."
-    return F.normalize(clustered(300, seed=1) + torch.linspace(-.3, .3, 32), dim=1)
+    return F.normalize(clustered(300, seed=1) + torch.linspace(-0.3, 0.3, 32), dim=1)
 
 
-def size_per_feature(cache): return len(faiss.serialize_index(cache.index)) / len(cache)
+def size_per_feature(cache):
+    return len(faiss.serialize_index(cache.index)) / len(cache)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_enhances_like_the_exact_one(form, large, away):
     exact, cache = VisualCache.build(large, "exact"), VisualCache.build(large, form)
     cosine = F.cosine_similarity(cache.enhance(away), exact.enhance(away))
-    if form == "hnsw": assert cosine.mean() > .98  # what it is at FAISS's own setting, `efSearch=16`
-    else: assert cosine.mean() > .999 and cosine.quantile(.01) > .995
+    if form == "hnsw":
+        assert cosine.mean() > 0.98  # what it is at FAISS's own setting, `efSearch=16`
+    else:
+        assert cosine.mean() > 0.999 and cosine.quantile(0.01) > 0.995
     nearest, several = cache.retrieve(away, k=1), cache.retrieve(away)
-    assert F.cosine_similarity(nearest.prototype, large[nearest.ids[:, 0]]).min() > .99
+    assert F.cosine_similarity(nearest.prototype, large[nearest.ids[:, 0]]).min() > 0.99
     assert (several.similarities.diff(dim=1) <= 1e-5).all()
 
 
 def test_compact_forms_are_compact(large):
     sizes = {form: size_per_feature(VisualCache.build(large, form)) / (4 * 32) for form in FORMS}
-    assert sizes["exact"] < 1.01 and sizes["half"] < .51 and sizes["8bit"] < .26
-    assert sizes["ivf-pq"] < .6 < 1 < sizes["hnsw"]  # of 32 numbers; what a vector costs beside them is fixed
+    assert sizes["exact"] < 1.01 and sizes["half"] < 0.51 and sizes["8bit"] < 0.26
+    assert (
+        sizes["ivf-pq"] < 0.6 < 1 < sizes["hnsw"]
+    )  # of 32 numbers; what a vector costs beside them is fixed
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -178,7 +209,7 @@ def test_every_form_takes_any_count(form, count, large):
     cache = VisualCache.build(large[:count], form)
     assert len(cache) == count and cache.form == form
     found = cache.retrieve(large[:count], k=1)
-    assert F.cosine_similarity(found.prototype, large[:count]).min() > .97
+    assert F.cosine_similarity(found.prototype, large[:count]).min() > 0.97
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -194,7 +225,8 @@ def test_every_form_survives_the_disk(form, large, away, tmp_path):
 @pytest.mark.parametrize("count, width", [(1, 8), (300, 32), (700, 32), (3000, 64), (4200, 128)])
 def test_whatever_was_saved_can_be_loaded(form, count, width, tmp_path):
     VisualCache.build(clustered(count, width), form, path=tmp_path / "a.index")
-    for mmap in (False, True): assert len(VisualCache.load(tmp_path / "a.index", mmap=mmap)) == count
+    for mmap in (False, True):
+        assert len(VisualCache.load(tmp_path / "a.index", mmap=mmap)) == count
 
 
 def test_the_record_says_how_this_memory_is_searched(large, tmp_path):
@@ -217,30 +249,40 @@ def test_unknown_form(large):
 
 # Building
 
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_source_gives_the_same_memory(form, tmp_path, monkeypatch):
-    monkeypatch.setattr(ibllm.cache, "CHUNK", 256)
+    monkeypatch.setattr(ibllm.shards, "CHUNK", 256)
     memory = clustered(1500)
     for number, rows in enumerate(memory.split(512)):
         write_shard(rows, tmp_path / "safe", number)
         (tmp_path / "npy").mkdir(exist_ok=True)
         np.save(tmp_path / "npy" / f"{number}.npy", rows.numpy())
-    sources = [memory, memory.split(512), iter(memory.split(100)), tmp_path / "safe", str(tmp_path / "npy"),
-               Shards(tmp_path / "npy")]
+    sources = [
+        memory,
+        memory.split(512),
+        iter(memory.split(100)),
+        tmp_path / "safe",
+        str(tmp_path / "npy"),
+        Shards(tmp_path / "npy"),
+    ]
     built = [faiss.serialize_index(VisualCache.build(source, form).index) for source in sources]
     assert all((one == built[0]).all() for one in built)
 
 
 def test_shards_may_be_half_precision_and_of_unequal_size(tmp_path):
     memory = clustered(100).half()
-    for number, rows in enumerate(memory.split([1, 60, 39])): write_shard(rows, tmp_path, number)
+    for number, rows in enumerate(memory.split([1, 60, 39])):
+        write_shard(rows, tmp_path, number)
     assert [len(shard) for shard in Shards(tmp_path)] == [1, 60, 39]
-    assert torch.allclose(VisualCache.build(tmp_path).enhance(clustered(3, seed=2)),
-                          VisualCache.build(memory).enhance(clustered(3, seed=2)))
+    assert torch.allclose(
+        VisualCache.build(tmp_path).enhance(clustered(3, seed=2)),
+        VisualCache.build(memory).enhance(clustered(3, seed=2)),
+    )
 
 
 def test_a_generator_is_never_held_whole(monkeypatch):
-    monkeypatch.setattr(ibllm.cache, "CHUNK", 256)
+    monkeypatch.setattr(ibllm.shards, "CHUNK", 256)
     alive = weakref.WeakSet()
 
     def chunks():
@@ -249,6 +291,7 @@ def test_a_generator_is_never_held_whole(monkeypatch):
             alive.add(chunk)
             assert len(alive) <= 4
             yield chunk
+
     assert len(VisualCache.build(chunks())) == 20 * 128
 
 
@@ -257,10 +300,10 @@ import os, random, signal, sys
 from pathlib import Path
 import faiss, torch
 torch.set_num_threads(1); faiss.omp_set_num_threads(1)
-import ibllm.cache, ibllm.world
+import ibllm.cache, ibllm.files, ibllm.shards
 form, shards, path = sys.argv[1:]
-ibllm.cache.CHUNK = 64
-ours = {ibllm.cache.__file__, ibllm.world.__file__}
+ibllm.shards.CHUNK = 64
+ours = {room.__file__ for room in (ibllm.cache, ibllm.files, ibllm.shards)}
 def die_after(lines):
     def trace(frame, event, argument):
         nonlocal lines
@@ -292,40 +335,54 @@ def test_a_killed_build_goes_on_to_the_same_bytes(form, tmp_path, monkeypatch):
     "Killed again and again, at lines of code drawn by chance, until one attempt lives to the end."
     memory, folder = clustered(6000), tmp_path / "killed"
     folder.mkdir()
-    for number, rows in enumerate(memory.split(1000)): write_shard(rows, tmp_path / "shards", number)
+    for number, rows in enumerate(memory.split(1000)):
+        write_shard(rows, tmp_path / "shards", number)
     arguments = [form, tmp_path / "shards", folder / "a.index"]
-    told = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], capture_output=True, text=True)
+    told = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, arguments)], capture_output=True, text=True
+    )
     assert told.returncode == 0, told.stderr
     states = [int(line) for line in told.stdout.split()]
     assert states == sorted(states) and any(0 < n < 6000 for n in states), states
-    monkeypatch.setattr(ibllm.cache, "CHUNK", 64)
+    monkeypatch.setattr(ibllm.shards, "CHUNK", 64)
     threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)                                          # as those that were killed
-    try: VisualCache.build(memory, form, path=tmp_path / "a.index")
-    finally: faiss.omp_set_num_threads(threads)
+    faiss.omp_set_num_threads(1)  # as those that were killed
+    try:
+        VisualCache.build(memory, form, path=tmp_path / "a.index")
+    finally:
+        faiss.omp_set_num_threads(threads)
     assert sorted(p.name for p in folder.iterdir()) == ["a.index", "a.index.json"]
-    for name in ("a.index", "a.index.json"): assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
+    for name in ("a.index", "a.index.json"):
+        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_what_other_features_left_unfinished_is_not_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(ibllm.cache, "CHUNK", 256)
-    def stop(*arguments, **options): raise KeyboardInterrupt
+    monkeypatch.setattr(ibllm.shards, "CHUNK", 256)
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(ibllm.cache.VisualCache, "save", stop)
         VisualCache.build(clustered(1000, seed=1), path=tmp_path / "a.index")
     assert [p.suffix for p in tmp_path.iterdir()] == [".building"]
     again = VisualCache.build(clustered(1000), path=tmp_path / "a.index")
-    assert torch.equal(again.enhance(clustered(5)), VisualCache.build(clustered(1000)).enhance(clustered(5)))
+    assert torch.equal(
+        again.enhance(clustered(5)), VisualCache.build(clustered(1000)).enhance(clustered(5))
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.index", "a.index.json"]
 
 
 # From images
 
-def encode(images): return torch.stack([torch.tensor([float(image), 1.0]) for image in images])
+
+def encode(images):
+    return torch.stack([torch.tensor([float(image), 1.0]) for image in images])
 
 
 def test_images_become_shards_in_order(tmp_path):
-    for rank in (2, 0, 1): embed_images(list(range(1, 51)), encode, tmp_path, "0.5 1", rank, 3, size=7, batch=3)
+    for rank in (2, 0, 1):
+        embed_images(list(range(1, 51)), encode, tmp_path, "0.5 1", rank, 3, size=7, batch=3)
     assert torch.equal(torch.cat(list(Shards(tmp_path))), encode(range(1, 51)))
     assert VisualCache.build(tmp_path).fingerprint == "0.5 1"
     assert all(not p.name.endswith(".part") for p in tmp_path.iterdir())
@@ -333,10 +390,14 @@ def test_images_become_shards_in_order(tmp_path):
 
 def test_images_are_encoded_once_and_what_is_missing_again(tmp_path):
     seen = []
-    def watched(images): return seen.extend(images) or encode(images)
+
+    def watched(images):
+        return seen.extend(images) or encode(images)
+
     embed_images(list(range(1, 51)), watched, tmp_path, size=10)
     (tmp_path / "000003.safetensors").unlink()
-    with pytest.raises(ValueError, match="^features: folder .* holds 4 shards, wants 5$"): Shards(tmp_path)
+    with pytest.raises(ValueError, match="^features: folder .* holds 4 shards, wants 5$"):
+        Shards(tmp_path)
     embed_images(list(range(1, 51)), watched, tmp_path, size=10)
     assert seen == [*range(1, 51), *range(31, 41)]
 
@@ -344,9 +405,12 @@ def test_images_are_encoded_once_and_what_is_missing_again(tmp_path):
 def test_shards_of_other_images_are_refused(tmp_path):
     embed_images(["1", "2"], encode, tmp_path)
     for images, fingerprint in ((["1", "3"], ""), (["1"], ""), (["1", "2"], "0.5")):
-        with pytest.raises(ValueError, match="^folder: .* holds features of other images, encoder or size"):
+        with pytest.raises(
+            ValueError, match="^folder: .* holds features of other images, encoder or size"
+        ):
             embed_images(images, encode, tmp_path, fingerprint)
-    with pytest.raises(ValueError, match="^images: got none"): embed_images(tmp_path, encode, tmp_path / "none")
+    with pytest.raises(ValueError, match="^images: got none"):
+        embed_images(tmp_path, encode, tmp_path / "none")
 
 
 def test_a_folder_of_pictures_is_read_in_order_of_path(tmp_path):
@@ -354,40 +418,63 @@ def test_a_folder_of_pictures_is_read_in_order_of_path(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     seen = []
-    embed_images(tmp_path, lambda paths: seen.extend(paths) or torch.ones(len(paths), 2), tmp_path / "shards")
+    embed_images(
+        tmp_path, lambda paths: seen.extend(paths) or torch.ones(len(paths), 2), tmp_path / "shards"
+    )
     assert [str(p.relative_to(tmp_path)) for p in seen] == ["a/1.webp", "a/2.jpg", "b/1.PNG"]
 
 
-@pytest.mark.parametrize("name, content", [("0.npy", b"no array"), ("0.safetensors", b"no tensors"), ("0.npy", b""),
-                                           ("0.safetensors", b""), ("shards.json", b"["), ("shards.json", b"[]")])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("0.npy", b"no array"),
+        ("0.safetensors", b"no tensors"),
+        ("0.npy", b""),
+        ("0.safetensors", b""),
+        ("shards.json", b"["),
+        ("shards.json", b"[]"),
+    ],
+)
 def test_broken_shards_are_refused(name, content, tmp_path):
     write_shard(clustered(10), tmp_path, 1)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match="^features: shard 0|^path: 'shards.json' is not a record") as error:
+    with pytest.raises(
+        ValueError, match="^features: shard 0|^path: 'shards.json' is not a record"
+    ) as error:
         VisualCache.build(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_shards_with_objects_or_other_tensors_are_refused(tmp_path):
     np.save(tmp_path / "0.npy", np.array([{}], dtype=object))
-    with pytest.raises(ValueError, match="^features: shard 0.npy holds no features"): VisualCache.build(tmp_path)
+    with pytest.raises(ValueError, match="^features: shard 0.npy holds no features"):
+        VisualCache.build(tmp_path)
     (tmp_path / "0.npy").unlink()
     save_file({"weights": clustered(3)}, tmp_path / "0.safetensors")
-    with pytest.raises(ValueError, match="^features: shard 0.safetensors holds no"): VisualCache.build(tmp_path)
-    with pytest.raises(ValueError, match="^features: folder .* holds 0 shards"): VisualCache.build(tmp_path / "absent")
+    with pytest.raises(ValueError, match="^features: shard 0.safetensors holds no"):
+        VisualCache.build(tmp_path)
+    with pytest.raises(ValueError, match="^features: folder .* holds 0 shards"):
+        VisualCache.build(tmp_path / "absent")
 
 
 # The encoder that made it
 
+
 def test_fingerprint_tells_encoders_apart_and_survives_half_precision(tmp_path):
     torch.manual_seed(0)
-    first, second = (torch.nn.Sequential(torch.nn.Linear(9, 8), torch.nn.Linear(8, 4)) for _ in range(2))
-    VisualCache.build(clustered(9), fingerprint=encoder_fingerprint(first)).save(tmp_path / "a.index")
+    first, second = (
+        torch.nn.Sequential(torch.nn.Linear(9, 8), torch.nn.Linear(8, 4)) for _ in range(2)
+    )
+    VisualCache.build(clustered(9), fingerprint=encoder_fingerprint(first)).save(
+        tmp_path / "a.index"
+    )
     cache = VisualCache.load(tmp_path / "a.index")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         cache.check_encoder(encoder_fingerprint(copy.deepcopy(first).to(dtype)))
     for other in (second, first[:1]):
-        with pytest.raises(ValueError, match="^fingerprint: got that of another encoder than the one that made"):
+        with pytest.raises(
+            ValueError, match="^fingerprint: got that of another encoder than the one that made"
+        ):
             cache.check_encoder(encoder_fingerprint(other))
     cache.check_encoder("")
     VisualCache.build(clustered(9)).check_encoder(encoder_fingerprint(first))
@@ -397,36 +484,54 @@ def test_fingerprint_tells_encoders_apart_and_survives_half_precision(tmp_path):
 def test_only_its_own_shards_count(tmp_path):
     embed_images([1, 2, 3], encode, tmp_path, size=2)
     write_shard(torch.ones(1, 2), tmp_path, 7)
-    assert [path.name for path in Shards(tmp_path).paths] == ["000000.safetensors", "000001.safetensors"]
+    assert [path.name for path in Shards(tmp_path).paths] == [
+        "000000.safetensors",
+        "000001.safetensors",
+    ]
     (tmp_path / "000001.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds 1 shards, wants 2$"): Shards(tmp_path)
+    with pytest.raises(ValueError, match="holds 1 shards, wants 2$"):
+        Shards(tmp_path)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (lambda images: encode(images)[1:], "^encode: got 1 features of 2 images, wants one for each$"),
-    (lambda images: encode(images) / (4 - images[-1]), "^encode: got NaN or infinite values in row 2, wants finite"),
-    (lambda images: torch.full((3, 2), torch.nan), "^encode: got 3 features of 2 images"),
-    (lambda images: images, "^encode: got list, wants a tensor")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (
+            lambda images: encode(images)[1:],
+            "^encode: got 1 features of 2 images, wants one for each$",
+        ),
+        (
+            lambda images: encode(images) / (4 - images[-1]),
+            "^encode: got NaN or infinite values in row 2, wants finite",
+        ),
+        (lambda images: torch.full((3, 2), torch.nan), "^encode: got 3 features of 2 images"),
+        (lambda images: images, "^encode: got list, wants a tensor"),
+    ],
+)
 def test_features_are_checked_as_they_are_made(wrong, message, tmp_path):
-    with pytest.raises(ValueError, match=message): embed_images([1, 2, 3, 4], wrong, tmp_path, size=2)
+    with pytest.raises(ValueError, match=message):
+        embed_images([1, 2, 3, 4], wrong, tmp_path, size=2)
     assert not (tmp_path / "000001.safetensors").exists()
 
 
 def test_features_do_not_keep_what_made_them():
     weight = torch.ones(2, requires_grad=True)
-    made = ibllm.cache._encoded(lambda images: encode(images) * weight, [1, 2], 0)
+    made = ibllm.shards._encoded(lambda images: encode(images) * weight, [1, 2], 0)
     assert not made.requires_grad and torch.equal(made, encode([1, 2]))
 
 
 # The disk
+
 
 @contextmanager
 def full_disk(room):
     "Files cannot grow beyond `room` bytes: what a program sees is a write that fails half way, as on a full disk."
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try: yield
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -446,7 +551,10 @@ def test_a_full_disk_leaves_the_old_memory(form, room, tmp_path):
 def test_a_record_that_cannot_be_written_leaves_the_old_memory(tmp_path, monkeypatch):
     VisualCache.build(clustered(9), made_from="nine").save(tmp_path / "a.index")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    def full(path, text): raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="^.*path: cannot write .*a.index': No space left"):
         VisualCache.build(clustered(10), made_from="ten").save(tmp_path / "a.index")
@@ -454,14 +562,20 @@ def test_a_record_that_cannot_be_written_leaves_the_old_memory(tmp_path, monkeyp
 
 
 def test_an_index_under_the_record_of_another_is_refused(tmp_path):
-    for name, seed in (("a", 0), ("b", 1)): VisualCache.build(clustered(9, seed=seed)).save(tmp_path / f"{name}.index")
+    for name, seed in (("a", 0), ("b", 1)):
+        VisualCache.build(clustered(9, seed=seed)).save(tmp_path / f"{name}.index")
     (tmp_path / "b.index").replace(tmp_path / "a.index")
-    with pytest.raises(ValueError, match="a.index' is not the file that its record was written for"):
+    with pytest.raises(
+        ValueError, match="a.index' is not the file that its record was written for"
+    ):
         VisualCache.load(tmp_path / "a.index")
 
 
 def test_a_full_disk_is_named_when_shards_are_written(tmp_path):
-    with full_disk(4_000), pytest.raises(OSError, match="^folder: cannot write .*000000.safetensors"):
+    with (
+        full_disk(4_000),
+        pytest.raises(OSError, match="^folder: cannot write .*000000.safetensors"),
+    ):
         write_shard(clustered(1500), tmp_path, 0)
     with full_disk(4_000), pytest.raises(OSError, match="cannot write"):
         VisualCache.build(iter(clustered(1500).split(100)), path=tmp_path / "a.index")
@@ -475,8 +589,8 @@ def test_a_truncated_index_is_refused(form, mmap, tmp_path):
     whole = (tmp_path / "a.index").read_bytes()
     (tmp_path / "a.index.json").rename(tmp_path / "record")
     assert len(VisualCache.load(tmp_path / "a.index", mmap=mmap)) == 300
-    for share in (.01, .3, .6, .99):
-        (tmp_path / "cut.index").write_bytes(whole[:int(share * len(whole))])
+    for share in (0.01, 0.3, 0.6, 0.99):
+        (tmp_path / "cut.index").write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(ValueError, match="cut.index' is not a FAISS index$"):
             VisualCache.load(tmp_path / "cut.index", mmap=mmap)
     (tmp_path / "record").rename(tmp_path / "cut.index.json")
@@ -503,52 +617,82 @@ print(private() - before)
 def test_a_mapped_memory_stays_in_its_file(form, tmp_path):
     path = tmp_path / "a.index"
     VisualCache.build(clustered(20_000, width=256), form, path=path)
-    mapped, loaded = (int(subprocess.run([sys.executable, "-c", MAPPED, str(path), str(mmap)], capture_output=True,
-                                         text=True, check=True).stdout) for mmap in (True, False))
-    assert loaded > .8 * path.stat().st_size and mapped < .4 * path.stat().st_size
+    mapped, loaded = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", MAPPED, str(path), str(mmap)],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for mmap in (True, False)
+    )
+    assert loaded > 0.8 * path.stat().st_size and mapped < 0.4 * path.stat().st_size
 
 
 # A GPU, played by the index itself
 
+
 @pytest.mark.parametrize("form", ["exact", "half", "ivf-8bit"])
 def test_searching_on_a_gpu_takes_the_vectors_from_main_memory(form, large, away, monkeypatch):
     cache, asked = VisualCache.build(large, form), []
+
     class Searcher:
-        def search(self, query, k): return asked.append(len(query)) or cache.index.search(query, k)
+        def search(self, query, k):
+            return asked.append(len(query)) or cache.index.search(query, k)
+
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
-    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda resources, number, index: Searcher(), raising=False)
+    monkeypatch.setattr(
+        faiss, "index_cpu_to_gpu", lambda resources, number, index: Searcher(), raising=False
+    )
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
     expected = cache.enhance(away)
     assert torch.allclose(cache.to("cuda").enhance(away), expected, atol=1e-6) and asked == [300]
-    with pytest.raises(ValueError, match="^k: got 5000, wants at most 2048"): cache.enhance(away, k=5000)
-    with pytest.raises(ValueError, match="^device: got 'cuda:1', wants one of the 1 GPUs"): cache.to("cuda:1")
-    assert cache.enhance(away[:7]).shape == (7, 32) and asked == [300, 7], "still on the GPU it was on"
+    with pytest.raises(ValueError, match="^k: got 5000, wants at most 2048"):
+        cache.enhance(away, k=5000)
+    with pytest.raises(ValueError, match="^device: got 'cuda:1', wants one of the 1 GPUs"):
+        cache.to("cuda:1")
+    assert cache.enhance(away[:7]).shape == (7, 32) and asked == [300, 7], (
+        "still on the GPU it was on"
+    )
     assert torch.equal(cache.to("cpu").enhance(away), expected) and asked == [300, 7]
 
 
 def test_gpu_is_refused_where_there_is_none(large, monkeypatch):
     cache = VisualCache.build(large)
     monkeypatch.delattr(faiss, "StandardGpuResources", raising=False)
-    with pytest.raises(RuntimeError, match="^device: got 'cuda', wants the package faiss-gpu"): cache.to("cuda")
-    def refuse(*_): raise RuntimeError("not supported")
+    with pytest.raises(RuntimeError, match="^device: got 'cuda', wants the package faiss-gpu"):
+        cache.to("cuda")
+
+    def refuse(*_):
+        raise RuntimeError("not supported")
+
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", refuse, raising=False)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
-    with pytest.raises(ValueError, match=r"^device: FAISS cannot search this memory \(exact\) there: not supported"):
+    with pytest.raises(
+        ValueError, match=r"^device: FAISS cannot search this memory \(exact\) there: not supported"
+    ):
         cache.to("cuda:1")
     assert len(cache.enhance(large[:2])) == 2
 
 
 # Settings for each row
 
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 999), data=st.data())
 def test_settings_for_each_row_are_calls_of_their_own(seed, data):
     cache, query = VisualCache.build(features(30, seed=seed)), features(4, seed=seed + 1)
     draw = lambda values: data.draw(st.lists(values, min_size=4, max_size=4))
-    each = dict(k=draw(st.integers(1, 30)), temperature=draw(st.floats(0, 100)), weight=draw(st.floats(0, 1)))
+    each = dict(
+        k=draw(st.integers(1, 30)),
+        temperature=draw(st.floats(0, 100)),
+        weight=draw(st.floats(0, 1)),
+    )
     together = cache.enhance(query, **each)
-    alone = [cache.enhance(query[i:i + 1], *(each[name][i] for name in each)) for i in range(4)]
+    alone = [cache.enhance(query[i : i + 1], *(each[name][i] for name in each)) for i in range(4)]
     # A similarity is rounded to 6e-8, and the softmax multiplies that by a temperature of up to 100.
     assert torch.allclose(together, torch.cat(alone), atol=1e-5)
 
@@ -562,43 +706,80 @@ BAD = {
     "weight negative": (dict(weight=-0.1), "^weight: got -0.1, wants a number from 0 to 1$"),
     "weight above one": (dict(weight=1.01), "^weight: got 1.01"),
     "weight nan": (dict(weight=float("nan")), "^weight: got nan"),
-    "k for other rows": (dict(k=[1, 2, 3]), "^k: got 3 values, wants one, or one for each of the 2 features$"),
+    "k for other rows": (
+        dict(k=[1, 2, 3]),
+        "^k: got 3 values, wants one, or one for each of the 2 features$",
+    ),
     "k of a row": (dict(k=[1, 7]), r"^k: got \[1, 7\], wants an integer from 1 to 6"),
     "k in words": (dict(k="ten"), "^k: got ten, wants an integer from 1 to 6"),
     "no weight": (dict(weight=None), "^weight: got None, wants a number from 0 to 1$"),
-    "many weights": (dict(feature=features(99), weight=torch.full((99,), 2.)), "^weight: got tensor"),
+    "many weights": (
+        dict(feature=features(99), weight=torch.full((99,), 2.0)),
+        "^weight: got tensor",
+    ),
     "no k": (dict(k=[]), "^k: got 0 values"),
-    "weight for other rows": (dict(weight=torch.ones(5)), "^weight: got 5 values, wants one, or one for each"),
-    "temperature of a row": (dict(temperature=[1, -1]), r"^temperature: got \[1, -1\], wants a number of at least 0$"),
-    "temperature negative": (dict(temperature=-1), "^temperature: got -1, wants a number of at least 0$"),
+    "weight for other rows": (
+        dict(weight=torch.ones(5)),
+        "^weight: got 5 values, wants one, or one for each",
+    ),
+    "temperature of a row": (
+        dict(temperature=[1, -1]),
+        r"^temperature: got \[1, -1\], wants a number of at least 0$",
+    ),
+    "temperature negative": (
+        dict(temperature=-1),
+        "^temperature: got -1, wants a number of at least 0$",
+    ),
     "temperature nan": (dict(temperature=float("nan")), "^temperature: got nan"),
     "temperature infinite": (dict(temperature=float("inf")), "^temperature: got inf"),
     "width": (dict(feature=torch.ones(1, 5)), "^feature: got width 5, wants 16"),
-    "one dimension": (dict(feature=torch.ones(16)), r"^feature: got \(16,\), wants a tensor \[B, 16\]"),
+    "one dimension": (
+        dict(feature=torch.ones(16)),
+        r"^feature: got \(16,\), wants a tensor \[B, 16\]",
+    ),
     "not a tensor": (dict(feature=[[1.0]]), "^feature: got list, wants a tensor"),
-    "nan": (dict(feature=torch.full((1, 16), float("nan"))), "^feature: got NaN or infinite values"),
-    "zero": (dict(feature=torch.eye(16)[:2] * torch.tensor([[1], [0]])), "^feature: got a zero vector in row 1, wants"),
+    "nan": (
+        dict(feature=torch.full((1, 16), float("nan"))),
+        "^feature: got NaN or infinite values",
+    ),
+    "zero": (
+        dict(feature=torch.eye(16)[:2] * torch.tensor([[1], [0]])),
+        "^feature: got a zero vector in row 1, wants",
+    ),
 }
 
 
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD.keys())
 def test_enhance_refuses(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
-        VisualCache.build(features()).enhance(**{"feature": features(2, seed=1), "k": 3} | arguments)
+        VisualCache.build(features()).enhance(
+            **{"feature": features(2, seed=1), "k": 3} | arguments
+        )
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("memory, message", [
-    (torch.ones(0, 4), "^features: got an empty memory"), (torch.zeros(2, 4), "^features: got a zero vector"),
-    (torch.full((2, 4), float("inf")), "^features: got NaN or infinite"),
-    (torch.ones(4), r"^features: got \(4,\), wants"),
-    (np.ones((2, 4)), "^features: got ndarray, wants a tensor"), ([], "^features: got an empty memory"),
-    (iter([]), "^features: got an empty memory"), ([torch.ones(2, 4), torch.ones(4)], r"^features: got \(4,\), wants"),
-    ([torch.ones(2, 4), torch.ones(1, 5)], "^features: got width 5, wants 4"),
-    (iter([torch.ones(2, 4), torch.ones(1, 5)]), "^features: got width 5, wants 4"),
-    ([torch.ones(9, 4), torch.ones(9, 4) / 0], "^features: got NaN or infinite values in row 9")])
+@pytest.mark.parametrize(
+    "memory, message",
+    [
+        (torch.ones(0, 4), "^features: got an empty memory"),
+        (torch.zeros(2, 4), "^features: got a zero vector"),
+        (torch.full((2, 4), float("inf")), "^features: got NaN or infinite"),
+        (torch.ones(4), r"^features: got \(4,\), wants"),
+        (np.ones((2, 4)), "^features: got ndarray, wants a tensor"),
+        ([], "^features: got an empty memory"),
+        (iter([]), "^features: got an empty memory"),
+        ([torch.ones(2, 4), torch.ones(4)], r"^features: got \(4,\), wants"),
+        ([torch.ones(2, 4), torch.ones(1, 5)], "^features: got width 5, wants 4"),
+        (iter([torch.ones(2, 4), torch.ones(1, 5)]), "^features: got width 5, wants 4"),
+        (
+            [torch.ones(9, 4), torch.ones(9, 4) / 0],
+            "^features: got NaN or infinite values in row 9",
+        ),
+    ],
+)
 def test_build_refuses(memory, message):
-    with pytest.raises(ValueError, match=message) as error: VisualCache.build(memory)
+    with pytest.raises(ValueError, match=message) as error:
+        VisualCache.build(memory)
     assert "\n" not in str(error.value)
 
 
@@ -612,7 +793,8 @@ def test_one_bad_row_among_many_is_named(form, large):
 
 
 def test_load_refuses(tmp_path):
-    with pytest.raises(FileNotFoundError, match="^path: no file"): VisualCache.load(tmp_path / "absent.index")
+    with pytest.raises(FileNotFoundError, match="^path: no file"):
+        VisualCache.load(tmp_path / "absent.index")
     for content in (b"", b"not an index", b"\x00" * 4096):
         (tmp_path / "bad.index").write_bytes(content)
         for mmap in (False, True):
@@ -622,61 +804,88 @@ def test_load_refuses(tmp_path):
     VisualCache.build(features()).save(tmp_path / "a.index")
     record = tmp_path / "a.index.json"
     record.write_text(record.read_text().replace('"count": 6', '"count": 7'))
-    with pytest.raises(ValueError, match="holds 6 features of width 16, wants 7 of width 16, as its record says$"):
+    with pytest.raises(
+        ValueError, match="holds 6 features of width 16, wants 7 of width 16, as its record says$"
+    ):
         VisualCache.load(tmp_path / "a.index")
     text = record.read_text().replace('"count": 7', '"count": 6')
     record.write_text(text.replace('"fingerprint": ""', '"fingerprint": 5'))
     with pytest.raises(ValueError, match="the record of .* holds something else than text"):
         VisualCache.load(tmp_path / "a.index")
     faiss.write_index(faiss.IndexFlatIP(4), str(tmp_path / "empty.index"))
-    with pytest.raises(ValueError, match="empty memory"): VisualCache.load(tmp_path / "empty.index")
+    with pytest.raises(ValueError, match="empty memory"):
+        VisualCache.load(tmp_path / "empty.index")
 
 
 # Whitening
 
+
 def power(matrix, exponent):
     "Power of a symmetric matrix, to which the mean of its diagonal is added."
     values, vectors = np.linalg.eigh(matrix + matrix.diagonal().mean() * np.eye(len(matrix)))
-    return vectors @ np.diag(values ** exponent) @ vectors.T
+    return vectors @ np.diag(values**exponent) @ vectors.T
 
 
 def test_whitening_is_its_formula(large, away):
     whitening, x, m = Whitening.fit(away, large), away.double().numpy(), large.double().numpy()
-    moved = (x - x.mean(0)) @ power(np.cov(x.T), -.5) @ power(np.cov(m.T), .5) + m.mean(0)
+    moved = (x - x.mean(0)) @ power(np.cov(x.T), -0.5) @ power(np.cov(m.T), 0.5) + m.mean(0)
     expected = F.normalize(torch.from_numpy(moved), dim=1).float()
     assert torch.allclose(whitening(away), expected, atol=1e-5)
-    assert torch.allclose(torch.cat([whitening(row[None]) for row in away]), whitening(away), atol=1e-6)
+    assert torch.allclose(
+        torch.cat([whitening(row[None]) for row in away]), whitening(away), atol=1e-6
+    )
 
 
 def test_whitening_gives_a_sense_the_mean_and_spread_of_the_memory(large, away):
     gap = (away.mean(0) - large.mean(0)).norm()
     moved = Whitening.fit(away, large)(away)
-    assert (moved.mean(0) - large.mean(0)).norm() < .2 * gap
-    assert (torch.cov(moved.T) - torch.cov(large.T)).norm() < (torch.cov(away.T) - torch.cov(large.T)).norm()
+    assert (moved.mean(0) - large.mean(0)).norm() < 0.2 * gap
+    assert (torch.cov(moved.T) - torch.cov(large.T)).norm() < (
+        torch.cov(away.T) - torch.cov(large.T)
+    ).norm()
     same = Whitening.fit(large, large)(large)
-    assert F.cosine_similarity(same, large).min() > .999  # nothing to correct
+    assert F.cosine_similarity(same, large).min() > 0.999  # nothing to correct
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_whitening_takes_the_memory_in_any_form(form, large, away):
     expected = Whitening.fit(away, large)(away)
-    assert F.cosine_similarity(Whitening.fit(away, VisualCache.build(large, form))(away), expected).min() > .999
+    assert (
+        F.cosine_similarity(
+            Whitening.fit(away, VisualCache.build(large, form))(away), expected
+        ).min()
+        > 0.999
+    )
 
 
 def test_whitening_keeps_dtype(large, away):
     assert Whitening.fit(away, large)(away.half()).dtype == torch.float16
 
 
-@pytest.mark.parametrize("features, memory, message", [
-    (clustered(31), clustered(99), "^features: got 31, wants at least 32, one for each of their dimensions$"),
-    (clustered(99, width=16), clustered(99), "^features: got width 16, wants 32, the width of this memory$"),
-    (clustered(99) / 0, clustered(99), "^features: got NaN or infinite values in row 0"),
-    (clustered(99), torch.ones(4), r"^memory: got \(4,\), wants a tensor"),
-    ([[1.]], clustered(99), "^features: got list, wants a tensor")])
+@pytest.mark.parametrize(
+    "features, memory, message",
+    [
+        (
+            clustered(31),
+            clustered(99),
+            "^features: got 31, wants at least 32, one for each of their dimensions$",
+        ),
+        (
+            clustered(99, width=16),
+            clustered(99),
+            "^features: got width 16, wants 32, the width of this memory$",
+        ),
+        (clustered(99) / 0, clustered(99), "^features: got NaN or infinite values in row 0"),
+        (clustered(99), torch.ones(4), r"^memory: got \(4,\), wants a tensor"),
+        ([[1.0]], clustered(99), "^features: got list, wants a tensor"),
+    ],
+)
 def test_whitening_refuses(features, memory, message):
-    with pytest.raises(ValueError, match=message) as error: Whitening.fit(features, memory)
+    with pytest.raises(ValueError, match=message) as error:
+        Whitening.fit(features, memory)
     assert "\n" not in str(error.value)
 
 
 def test_whitening_refuses_features_of_another_width(large, away):
-    with pytest.raises(ValueError, match="^feature: got width 16, wants 32"): Whitening.fit(away, large)(features(2))
+    with pytest.raises(ValueError, match="^feature: got width 16, wants 32"):
+        Whitening.fit(away, large)(features(2))

@@ -1,4 +1,5 @@
 """The encoders against the recorded published model, and inputs they must refuse."""
+
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ibllm.encoders import ImageBind, ImageBindConfig, VisionConfig, group_points, resize_positions
+from ibllm.config import ImageBindConfig, VisionConfig
+from ibllm.encoders import ImageBind, group_points, resize_positions
 
 GOLDEN = Path(__file__).parent / "golden" / "imagebind_tiny"
 META = json.loads((GOLDEN / "meta.json").read_text())
@@ -64,27 +66,39 @@ def rename(key):
 def golden_config():
     "The recorded model's dimensions, as a config."
     a, side, trunk = META["constructor_arguments"], 112, META["point_trunk_config"]
-    tower = {n: dict(width=a[f"{n}_embed_dim"], blocks=a[f"{n}_num_blocks"], heads=a[f"{n}_num_heads"])
-             for n in ("vision", "text", "audio", "depth", "thermal", "imu")}
+    tower = {
+        n: dict(width=a[f"{n}_embed_dim"], blocks=a[f"{n}_num_blocks"], heads=a[f"{n}_num_heads"])
+        for n in ("vision", "text", "audio", "depth", "thermal", "imu")
+    }
     for name in ("vision", "depth", "thermal"):
         tower[name]["size"] = (side, side)
     tower["text"]["vocabulary"] = META["changed_constants"]["text_vocab (official 49408)"]
-    tower["point"] = dict(width=trunk["trans_dim"], blocks=trunk["depth"], heads=trunk["num_heads"],
-                          groups=trunk["num_group"], group_size=trunk["group_size"],
-                          group_widths=(128, 256, 512, trunk["encoder_dims"]))
+    tower["point"] = dict(
+        width=trunk["trans_dim"],
+        blocks=trunk["depth"],
+        heads=trunk["num_heads"],
+        groups=trunk["num_group"],
+        group_size=trunk["group_size"],
+        group_widths=(128, 256, 512, trunk["encoder_dims"]),
+    )
     return ImageBindConfig.from_dict(dict(feature_dim=a["out_embed_dim"], **tower))
 
 
 @pytest.fixture(scope="module")
 def model():
     model = ImageBind(golden_config()).eval()
-    model.load_state_dict({rename(k): v for k, v in load_file(GOLDEN / "weights.safetensors").items()})
+    model.load_state_dict(
+        {rename(k): v for k, v in load_file(GOLDEN / "weights.safetensors").items()}
+    )
     return model
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    return {k: v if k == "text" else v.float() for k, v in load_file(GOLDEN / "inputs.safetensors").items()}
+    return {
+        k: v if k == "text" else v.float()
+        for k, v in load_file(GOLDEN / "inputs.safetensors").items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +106,18 @@ def outputs():
     return load_file(GOLDEN / "outputs.safetensors")
 
 
-CASES = dict(vision_image="image", vision_clips_5d="image", vision_video_6d="video", text="text", audio_clips="audio",
-             audio_single="audio", depth="depth", thermal="thermal", imu="imu", point="point")
+CASES = dict(
+    vision_image="image",
+    vision_clips_5d="image",
+    vision_video_6d="video",
+    text="text",
+    audio_clips="audio",
+    audio_single="audio",
+    depth="depth",
+    thermal="thermal",
+    imu="imu",
+    point="point",
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -102,7 +126,9 @@ def test_golden(model, inputs, outputs, case):
     x, modality = inputs[case], CASES[case]
     assert_close(model.released(modality, x), outputs[f"{case}/normalized"], **TOLERANCE)
     assert_close(model.prenorm(modality, x), outputs[f"{case}/prenorm"], **TOLERANCE)
-    assert_close(model.encode(modality, x), F.normalize(outputs[f"{case}/normalized"], dim=-1), **TOLERANCE)
+    assert_close(
+        model.encode(modality, x), F.normalize(outputs[f"{case}/normalized"], dim=-1), **TOLERANCE
+    )
 
 
 @torch.no_grad()
@@ -111,11 +137,21 @@ def test_golden_point_trunk_and_random_start(model, inputs, outputs):
     centres, _ = group_points(points, 16, 8)
     assert torch.equal(centres, outputs["point/centers"])
     assert_close(model.tower("point").trunk(points), outputs["point/trunk"], **TOLERANCE)
-    assert_close(model.released("point", points, start=start), outputs["point_random_start/normalized"], **TOLERANCE)
-    assert_close(model.prenorm("point", points, start=start), outputs["point_random_start/prenorm"], **TOLERANCE)
+    assert_close(
+        model.released("point", points, start=start),
+        outputs["point_random_start/normalized"],
+        **TOLERANCE,
+    )
+    assert_close(
+        model.prenorm("point", points, start=start),
+        outputs["point_random_start/prenorm"],
+        **TOLERANCE,
+    )
 
 
-@pytest.mark.parametrize("name, case", [("vision", "vision_image"), ("audio", "audio_single"), ("imu", "imu")])
+@pytest.mark.parametrize(
+    "name, case", [("vision", "vision_image"), ("audio", "audio_single"), ("imu", "imu")]
+)
 @torch.no_grad()
 def test_golden_tokens(model, inputs, outputs, name, case):
     tower = model.towers[name]
@@ -141,14 +177,35 @@ def test_published_number_of_keys(point, keys):
         assert len(ImageBind(config).state_dict()) == keys
 
 
-GOOD = {"image": (1, 3, 112, 112), "video": (1, 1, 3, 2, 112, 112), "audio": (1, 1, 128, 204), "point": (1, 20, 3),
-        "depth": (1, 1, 112, 112), "thermal": (1, 1, 112, 112), "imu": (1, 6, 2000)}
-BAD_SHAPES = [("image", (3, 112, 112)), ("image", (1, 1, 112, 112)), ("image", (1, 1, 1, 3, 112, 112)),
-              ("image", (0, 3, 112, 112)), ("image", (2, 0, 3, 112, 112)), ("image", (1, 3, 112, 126)),
-              ("image", (1, 3, 8, 8)), ("video", (1, 3, 112, 112)), ("video", (1, 1, 3, 4, 112, 112)),
-              ("audio", (1, 128, 204)), ("audio", (1, 1, 128, 100)), ("point", (1, 20, 4)), ("point", (1, 15, 3)),
-              ("point", (20, 3)), ("depth", (1, 3, 112, 112)), ("thermal", (1, 1, 112, 100)), ("imu", (1, 2000, 6)),
-              ("imu", (1, 6, 1999))]
+GOOD = {
+    "image": (1, 3, 112, 112),
+    "video": (1, 1, 3, 2, 112, 112),
+    "audio": (1, 1, 128, 204),
+    "point": (1, 20, 3),
+    "depth": (1, 1, 112, 112),
+    "thermal": (1, 1, 112, 112),
+    "imu": (1, 6, 2000),
+}
+BAD_SHAPES = [
+    ("image", (3, 112, 112)),
+    ("image", (1, 1, 112, 112)),
+    ("image", (1, 1, 1, 3, 112, 112)),
+    ("image", (0, 3, 112, 112)),
+    ("image", (2, 0, 3, 112, 112)),
+    ("image", (1, 3, 112, 126)),
+    ("image", (1, 3, 8, 8)),
+    ("video", (1, 3, 112, 112)),
+    ("video", (1, 1, 3, 4, 112, 112)),
+    ("audio", (1, 128, 204)),
+    ("audio", (1, 1, 128, 100)),
+    ("point", (1, 20, 4)),
+    ("point", (1, 15, 3)),
+    ("point", (20, 3)),
+    ("depth", (1, 3, 112, 112)),
+    ("thermal", (1, 1, 112, 100)),
+    ("imu", (1, 2000, 6)),
+    ("imu", (1, 6, 1999)),
+]
 
 
 @pytest.mark.parametrize("modality, shape", BAD_SHAPES)
@@ -161,13 +218,28 @@ def test_refuses_shapes(model, modality, shape):
 @pytest.mark.parametrize("modality", GOOD)
 def test_refuses_values_and_types(model, modality):
     x = torch.ones(GOOD[modality])
-    for bad in (x.to(torch.uint8), x.long(), x * torch.nan, x * torch.inf, x.tolist(), x.numpy(), None):
+    for bad in (
+        x.to(torch.uint8),
+        x.long(),
+        x * torch.nan,
+        x * torch.inf,
+        x.tolist(),
+        x.numpy(),
+        None,
+    ):
         with pytest.raises(ValueError, match=f"^{modality}: got"):
             model.encode(modality, bad)
 
 
-BAD_IDS = [torch.zeros(1, 78, dtype=torch.long), torch.tensor([[-1]]), torch.tensor([[512]]), torch.tensor([1]),
-           torch.ones(1, 5), torch.zeros(0, 5, dtype=torch.long), torch.zeros(1, 0, dtype=torch.long)]
+BAD_IDS = [
+    torch.zeros(1, 78, dtype=torch.long),
+    torch.tensor([[-1]]),
+    torch.tensor([[512]]),
+    torch.tensor([1]),
+    torch.ones(1, 5),
+    torch.zeros(0, 5, dtype=torch.long),
+    torch.zeros(1, 0, dtype=torch.long),
+]
 
 
 @pytest.mark.parametrize("ids", BAD_IDS)
@@ -183,8 +255,13 @@ def test_refuses_modalities(model, modality):
 
 
 def test_refuses_configs():
-    for values in (dict(sound={}), dict(audio=dict(stripe=3)), dict(audio=dict(width=30)), dict(vision=dict(frames=3)),
-                   dict(depth=dict(size=[8, 8]))):
+    for values in (
+        dict(sound={}),
+        dict(audio=dict(stripe=3)),
+        dict(audio=dict(width=30)),
+        dict(vision=dict(frames=3)),
+        dict(depth=dict(size=[8, 8])),
+    ):
         with pytest.raises(ValueError), torch.device("meta"):
             ImageBind(ImageBindConfig.from_dict(values))
 
@@ -193,16 +270,23 @@ def test_towers_are_optional():
     absent = dict.fromkeys(("vision", "text", "point", "depth", "thermal", "imu"))
     audio = dict(width=16, blocks=1, heads=2, size=[20, 30], kernel=8, stride=5)
     only = ImageBind(ImageBindConfig.from_dict(dict(feature_dim=8, audio=audio, **absent)))
-    assert list(only.towers) == ["audio"] and only.encode("audio", torch.randn(3, 1, 20, 30)).shape == (3, 8)
+    assert list(only.towers) == ["audio"] and only.encode(
+        "audio", torch.randn(3, 1, 20, 30)
+    ).shape == (3, 8)
     with pytest.raises(ValueError, match="this model has audio$"):
         only.encode("image", torch.zeros(1, 3, 8, 8))
 
 
 def test_more_frames_than_a_tube():
-    config = VisionConfig(width=16, blocks=1, heads=2, size=(16, 16), kernel=8, stride=8, frames=4, kernel_frames=2)
+    config = VisionConfig(
+        width=16, blocks=1, heads=2, size=(16, 16), kernel=8, stride=8, frames=4, kernel_frames=2
+    )
     model = ImageBind(ImageBindConfig(8, config, *[None] * 6)).eval()
     stills = torch.randn(2, 3, 16, 16)
-    assert_close(model.encode("image", stills), model.encode("video", stills[:, :, None].expand(-1, -1, 4, -1, -1)))
+    assert_close(
+        model.encode("image", stills),
+        model.encode("video", stills[:, :, None].expand(-1, -1, 4, -1, -1)),
+    )
     clip, stem = torch.randn(2, 3, 4, 16, 16), model.tower("video").stem
     expected = F.conv3d(clip, stem.weight, stride=(2, 8, 8)).flatten(2).transpose(1, 2)
     assert_close(stem.cut(clip), expected, atol=1e-5, rtol=1e-4)
@@ -219,7 +303,9 @@ def test_other_square_sizes(model):
 
 def test_float_types_are_converted(model, inputs):
     for modality, case in dict(image="vision_image", point="point", imu="imu").items():
-        assert_close(model.encode(modality, inputs[case].double()), model.encode(modality, inputs[case]))
+        assert_close(
+            model.encode(modality, inputs[case].double()), model.encode(modality, inputs[case])
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -227,7 +313,7 @@ def test_float_types_are_converted(model, inputs):
 def test_autocast_agrees(model, inputs, case):
     with torch.autocast("cpu", torch.bfloat16):
         half = model.encode(CASES[case], inputs[case])
-    assert F.cosine_similarity(half.float(), model.encode(CASES[case], inputs[case])).min() > .99
+    assert F.cosine_similarity(half.float(), model.encode(CASES[case], inputs[case])).min() > 0.99
 
 
 def test_training_mode_is_random_and_eval_is_not(inputs):

@@ -1,4 +1,5 @@
 "The experiments' results files: complete, what notebooks and figures show, and found again in part."
+
 import json
 import re
 from pathlib import Path
@@ -10,11 +11,38 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from ibllm import figures
-from ibllm.evaluation import (
-    caption_accuracy, every_thing, load_results, seed_models, sense_features, text_prototypes, wilson, zero_shot)
-from ibllm.training import extract_features, read_recording
-from ibllm.world import ATTRIBUTES, CARRIES, KINDS, SENSORS
+from ibllm.config import MODALITIES
+from ibllm.encoders import extract_features
+from ibllm.evaluation import load_results, wilson
+from ibllm.experiments.figures_cache import (
+    draw_beyond,
+    draw_cases,
+    draw_gains,
+    draw_memories,
+    draw_sweeps,
+    draw_towers,
+)
+from ibllm.experiments.figures_space import (
+    draw_arithmetic,
+    draw_emergence,
+    draw_gap,
+    draw_joint_map,
+)
+from ibllm.experiments.figures_training import (
+    FORM_LOOKS,
+    GATE_COLOURS,
+    MOMENTS,
+    draw_forms,
+    draw_gate_opening,
+    draw_gate_starts,
+    draw_never_pictured,
+    draw_parts,
+    draw_silence,
+)
+from ibllm.figures import save_figure
+from ibllm.toyland.recipes import read_recording
+from ibllm.toyland.scoring import caption_accuracy, modality_features, seed_models, zero_shot
+from ibllm.toyland.world import ATTRIBUTES, CARRIES, KINDS, every_thing, text_prototypes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results"
@@ -23,28 +51,32 @@ RESULTS = ROOT / "data" / "results"
 def cases(name, key, arrays):
     "Arguments of `draw_cases` from a results file and the arrays beside it."
     stored = load_file(RESULTS / f"{arrays}.safetensors")
-    lists = ([stored[f"{kind}_{i}"] for i in range(len(stored) // 2)] for kind in ("query", "pictures"))
+    lists = (
+        [stored[f"{kind}_{i}"] for i in range(len(stored) // 2)] for kind in ("query", "pictures")
+    )
     return load_results(name)[key], *lists
 
 
 DRAW = dict(
-    cache_gains=lambda: figures.draw_gains(load_results("cache_ablation")["headline"]),
-    cache_sweeps=lambda: figures.draw_sweeps(load_results("cache_ablation")["sweeps"]),
-    cache_memories=lambda: figures.draw_memories(load_results("cache_ablation")["memories"]),
-    cache_beyond=lambda: figures.draw_beyond(load_results("cache_ablation")["beyond"]),
-    cache_examples=lambda: figures.draw_cases(*cases("cache_ablation", "examples", "cache_examples")),
-    modality_gap=lambda: figures.draw_gap(load_results("modality_gap")),
-    gate_starts=lambda: figures.draw_gate_starts(load_results("gates")),
-    gate_opening=lambda: figures.draw_gate_opening(load_results("gates")),
-    injection_forms=lambda: figures.draw_forms(load_results("injection_forms")),
-    parts_and_stages=lambda: figures.draw_parts(load_results("parts_and_stages")),
-    other_towers=lambda: figures.draw_towers(load_results("other_towers")),
-    emergence=lambda: figures.draw_emergence(load_results("emergence")),
-    arithmetic=lambda: figures.draw_arithmetic(load_results("arithmetic")),
-    arithmetic_cases=lambda: figures.draw_cases(*cases("arithmetic", "cases", "arithmetic_cases")),
-    joint_map=lambda: figures.draw_joint_map(load_results("joint_map"), dict(np.load(RESULTS / "joint_map.npz"))),
-    silence=lambda: figures.draw_silence(load_results("silence")),
-    never_pictured=lambda: figures.draw_never_pictured(load_results("silence")),
+    cache_gains=lambda: draw_gains(load_results("cache_ablation")["headline"]),
+    cache_sweeps=lambda: draw_sweeps(load_results("cache_ablation")["sweeps"]),
+    cache_memories=lambda: draw_memories(load_results("cache_ablation")["memories"]),
+    cache_beyond=lambda: draw_beyond(load_results("cache_ablation")["beyond"]),
+    cache_examples=lambda: draw_cases(*cases("cache_ablation", "examples", "cache_examples")),
+    modality_gap=lambda: draw_gap(load_results("modality_gap")),
+    gate_starts=lambda: draw_gate_starts(load_results("gates")),
+    gate_opening=lambda: draw_gate_opening(load_results("gates")),
+    injection_forms=lambda: draw_forms(load_results("injection_forms")),
+    parts_and_stages=lambda: draw_parts(load_results("parts_and_stages")),
+    other_towers=lambda: draw_towers(load_results("other_towers")),
+    emergence=lambda: draw_emergence(load_results("emergence")),
+    arithmetic=lambda: draw_arithmetic(load_results("arithmetic")),
+    arithmetic_cases=lambda: draw_cases(*cases("arithmetic", "cases", "arithmetic_cases")),
+    joint_map=lambda: draw_joint_map(
+        load_results("joint_map"), dict(np.load(RESULTS / "joint_map.npz"))
+    ),
+    silence=lambda: draw_silence(load_results("silence")),
+    never_pictured=lambda: draw_never_pictured(load_results("silence")),
 )
 
 
@@ -52,46 +84,75 @@ def said(notebook, piece):
     "What the one code cell of an experiment whose source holds `piece` printed or returned, as committed."
     cells = json.loads((ROOT / f"nbs/experiments/{notebook}.ipynb").read_text())["cells"]
     [cell] = [c for c in cells if c["cell_type"] == "code" and piece in "".join(c["source"])]
-    return "".join("".join(o.get("text") or o.get("data", {}).get("text/plain", ())) for o in cell["outputs"])
+    return "".join(
+        "".join(o.get("text") or o.get("data", {}).get("text/plain", ())) for o in cell["outputs"]
+    )
 
 
 def numbers(part):
     "All numbers in a part of a results file, in order."
-    if not isinstance(part, dict | list): return [part]
-    return [number for inner in (part.values() if isinstance(part, dict) else part) for number in numbers(inner)]
+    if not isinstance(part, dict | list):
+        return [part]
+    return [
+        number
+        for inner in (part.values() if isinstance(part, dict) else part)
+        for number in numbers(inner)
+    ]
 
 
 def stand_in_order(wanted, text):
     "Whether the numbers `wanted` stand in `text` one after another, each rounded as it is printed there."
     printed = re.finditer(r"[-+]?\d+(?:\.(\d+))?", text)
-    def shows(shown, number): return float(shown[0]) == (round(number, len(shown[1])) if shown[1] else number)
+
+    def shows(shown, number):
+        return float(shown[0]) == (round(number, len(shown[1])) if shown[1] else number)
+
     return all(any(shows(shown, number) for shown in printed) for number in wanted)
 
 
 SAID = {
-    ("01_cache_ablation", "table(part, \"kind\")"): lambda: [
+    ("01_cache_ablation", 'table(part, "kind")'): lambda: [
         [cells["kind"][which]["mean"] for which in ("raw", "cache", "difference")]
-        for by in load_results("cache_ablation")["headline"].values() for cells in by.values()],
+        for by in load_results("cache_ablation")["headline"].values()
+        for cells in by.values()
+    ],
     ("01_cache_ablation", "{setting:32} {s}"): lambda: load_results("cache_ablation")["tried"],
     ("02_modality_gap", "table(controls)"): lambda: load_results("modality_gap")["controls"],
     ("03_gates", "{asked:18}"): lambda: [
-        [v["mean"], v["spread"]] for by in (*load_results("gates")["ability"].values(), load_results("gates")["kind"])
-        for moments in by.values() for v in moments.values()],
+        [v["mean"], v["spread"]]
+        for by in (*load_results("gates")["ability"].values(), load_results("gates")["kind"])
+        for moments in by.values()
+        for v in moments.values()
+    ],
     ("04_injection_forms", "{v['spread']:.3f}"): lambda: [
-        [v["mean"], v["spread"]] for by in load_results("injection_forms")["scores"].values() for v in by.values()],
+        [v["mean"], v["spread"]]
+        for by in load_results("injection_forms")["scores"].values()
+        for v in by.values()
+    ],
     ("05_parts_and_stages", "{v['spread']:.3f}"): lambda: [
-        [v["mean"], v["spread"]] for by in load_results("parts_and_stages")["scores"].values() for v in by.values()],
+        [v["mean"], v["spread"]]
+        for by in load_results("parts_and_stages")["scores"].values()
+        for v in by.values()
+    ],
     ("06_emergence", "overview = {"): lambda: load_results("emergence")["overview"],
     ("06_emergence", "better than both links"): lambda: load_results("emergence")["chain"],
     ("07_arithmetic", "retrieval |= "): lambda: load_results("arithmetic")["retrieval"],
-    ("07_arithmetic", "middle = {"): lambda: [[shares[5] for shares in course.values()]
-                                              for course in load_results("arithmetic")["walks"].values()],
+    ("07_arithmetic", "middle = {"): lambda: [
+        [shares[5] for shares in course.values()]
+        for course in load_results("arithmetic")["walks"].values()
+    ],
     ("08_map", "masked_fill(~other"): lambda: load_results("joint_map")["numbers"],
     ("08_map", "arrows |= "): lambda: load_results("joint_map")["arrows"],
     ("09_what_it_should_not_say", "chosen |= "): lambda: load_results("silence")["lessons"],
     ("09_what_it_should_not_say", "places = {"): lambda: [
-        s["mean"] for by in load_results("silence")["places"].values() for v in by.values() for s in v.values()],
-    ("10_the_papers_figures", "blind = {"): lambda: load_results("paper_figures")["failures"]["blind"],
+        s["mean"]
+        for by in load_results("silence")["places"].values()
+        for v in by.values()
+        for s in v.values()
+    ],
+    ("10_the_papers_figures", "blind = {"): lambda: load_results("paper_figures")["failures"][
+        "blind"
+    ],
     ("12_other_towers", "zero_shots = {"): lambda: load_results("other_towers")["zero_shot"],
 }
 
@@ -101,14 +162,18 @@ def test_a_notebook_shows_the_numbers_of_its_results_file(where):
     wanted, text = numbers(SAID[where]()), said(*where)
     assert stand_in_order(wanted, text)
     for i in range(len(wanted)):
-        assert not stand_in_order([*wanted[:i], wanted[i] + 1.3, *wanted[i + 1:]], text), "another number would be seen"
+        assert not stand_in_order([*wanted[:i], wanted[i] + 1.3, *wanted[i + 1 :]], text), (
+            "another number would be seen"
+        )
 
 
 @pytest.mark.usefixtures("clean_style", "same_matplotlib")
 @pytest.mark.parametrize("name", DRAW)
 def test_a_committed_figure_is_what_its_results_give(name, tmp_path):
-    drawn = figures.save_figure(DRAW[name](), name, tmp_path)
-    pixels, committed = (np.asarray(Image.open(f)) for f in (drawn, ROOT / "figures" / f"{name}.png"))
+    drawn = save_figure(DRAW[name](), name, tmp_path)
+    pixels, committed = (
+        np.asarray(Image.open(f)) for f in (drawn, ROOT / "figures" / f"{name}.png")
+    )
     assert np.array_equal(pixels, committed)
     assert drawn.with_suffix(".pdf").read_bytes() == (ROOT / "figures" / f"{name}.pdf").read_bytes()
 
@@ -117,27 +182,38 @@ def test_the_cache_ablation_is_complete():
     results = load_results("cache_ablation")
     assert len(results["seeds"]) >= 5 and results["n_seen"] >= 1000
     for by in results["headline"].values():
-        assert list(by) == list(SENSORS)
-        for sense, cells in by.items():
+        assert list(by) == list(MODALITIES)
+        for modality, cells in by.items():
             for attribute, cell in cells.items():
-                assert cell["carried"] == (attribute in CARRIES[sense])
+                assert cell["carried"] == (attribute in CARRIES[modality])
                 assert len(cell["mcnemar"]) == len(results["seeds"])
-                assert cell["difference"]["low"] <= cell["difference"]["mean"] <= cell["difference"]["high"]
+                assert (
+                    cell["difference"]["low"]
+                    <= cell["difference"]["mean"]
+                    <= cell["difference"]["high"]
+                )
                 gained = cell["cache"]["mean"] - cell["raw"]["mean"]
-                assert gained == pytest.approx(cell["difference"]["mean"], abs=2e-4), "two ways to the same number"
-                if cell["carried"]: continue
-                chance = dict(colour=1 / 6, motion=1 / 4)[attribute]                # a kind comes in six of the colours
-                assert max(cell["raw"]["mean"], cell["cache"]["mean"]) < chance + .02, "a sense that cannot know it"
+                assert gained == pytest.approx(cell["difference"]["mean"], abs=2e-4), (
+                    "two ways to the same number"
+                )
+                if cell["carried"]:
+                    continue
+                chance = dict(colour=1 / 6, motion=1 / 4)[
+                    attribute
+                ]  # a kind comes in six of the colours
+                assert max(cell["raw"]["mean"], cell["cache"]["mean"]) < chance + 0.02, (
+                    "a sense that cannot know it"
+                )
 
 
 def test_the_cache_names_kinds_better_in_every_seed_unless_they_were_never_pictured():
     headline = load_results("cache_ablation")["headline"]
-    for sense in ("audio", "point", "depth", "thermal", "imu"):
-        d = headline["seen"][sense]["kind"]["difference"]
-        assert d["low"] > 0 and min(d["seeds"]) > 0, sense
-    for sense in ("image", "video", "text"):
-        d = headline["unseen"][sense]["kind"]["difference"]
-        assert d["high"] < 0 and max(d["seeds"]) < 0, sense
+    for modality in ("audio", "point", "depth", "thermal", "imu"):
+        d = headline["seen"][modality]["kind"]["difference"]
+        assert d["low"] > 0 and min(d["seeds"]) > 0, modality
+    for modality in ("image", "video", "text"):
+        d = headline["unseen"][modality]["kind"]["difference"]
+        assert d["high"] < 0 and max(d["seeds"]) < 0, modality
 
 
 def interval(gains, part, key="difference"):
@@ -152,12 +228,15 @@ def test_knobs_are_compared_with_no_cache_and_none_of_them_helps_both_parts():
     for sweep in sweeps.values():
         for scores, gains in zip(sweep["scores"], sweep["gains"], strict=True):
             for part in ("seen", "unseen"):
-                others = np.mean([v for sense, v in scores[part].items() if sense != "image"])
-                assert others - none[part] == pytest.approx(gains["difference"][part]["mean"], abs=3e-4)
+                others = np.mean([v for modality, v in scores[part].items() if modality != "image"])
+                assert others - none[part] == pytest.approx(
+                    gains["difference"][part]["mean"], abs=3e-4
+                )
                 assert scores[part]["image"] - none[f"{part}_image"] == pytest.approx(
-                    gains["image"][part]["mean"], abs=2e-4)
+                    gains["image"][part]["mean"], abs=2e-4
+                )
             assert interval(gains, "unseen") <= 0
-    quarter = sweeps["weight"]["gains"][sweeps["weight"]["values"].index(.25)]
+    quarter = sweeps["weight"]["gains"][sweeps["weight"]["values"].index(0.25)]
     assert [interval(quarter, part) for part in ("seen", "unseen")] == [1, 0]
     assert interval(quarter, "unseen", "image") == -1
 
@@ -175,7 +254,11 @@ def test_memories_are_compared_with_no_cache():
     for name in ("noise", "noise shaped like pictures"):
         assert (interval(gains[name], "seen"), interval(gains[name], "seen", "image")) == (0, -1)
     wide = gains["pictures of all combinations"]
-    assert (interval(wide, "seen"), interval(wide, "unseen"), interval(wide, "unseen", "image")) == (1, 1, 0)
+    assert (
+        interval(wide, "seen"),
+        interval(wide, "unseen"),
+        interval(wide, "unseen", "image"),
+    ) == (1, 1, 0)
     assert load_results("cache_ablation")["missing"]["kinds not in it"]["difference"]["high"] < 0
 
 
@@ -183,14 +266,32 @@ def test_ways_beyond_the_cache_are_compared_with_it_and_with_nothing():
     results = load_results("cache_ablation")
     beyond = results["beyond"]
     for name, row in beyond.items():
-        for reference, differences in {"the paper's cache": row, "no cache": row["to_no_cache"]}.items():
+        for reference, differences in {
+            "the paper's cache": row,
+            "no cache": row["to_no_cache"],
+        }.items():
             for part, d in differences["difference"].items():
-                by_seed = [b - a for a, b in zip(*(beyond[n]["by_seed"][part]["seeds"] for n in (reference, name)))]
-                assert by_seed == pytest.approx(d["seeds"], abs=2e-4) and len(by_seed) == row["seeds"] >= 3
+                by_seed = [
+                    b - a
+                    for a, b in zip(
+                        *(beyond[n]["by_seed"][part]["seeds"] for n in (reference, name))
+                    )
+                ]
+                assert (
+                    by_seed == pytest.approx(d["seeds"], abs=2e-4)
+                    and len(by_seed) == row["seeds"] >= 3
+                )
                 assert name == reference or d["p"] <= d["p_holm"] <= 1
-    best = max((n for n in beyond if n != "no cache"), key=lambda n: beyond[n]["difference"]["seen"]["mean"])
-    assert best == "whitening" and all(interval(beyond[best], part) == 1 for part in ("seen", "unseen"))
-    assert [interval(beyond[best]["to_no_cache"], "unseen", key) for key in ("difference", "image")] == [-1, -1]
+    best = max(
+        (n for n in beyond if n != "no cache"),
+        key=lambda n: beyond[n]["difference"]["seen"]["mean"],
+    )
+    assert best == "whitening" and all(
+        interval(beyond[best], part) == 1 for part in ("seen", "unseen")
+    )
+    assert [
+        interval(beyond[best]["to_no_cache"], "unseen", key) for key in ("difference", "image")
+    ] == [-1, -1]
     assert interval(beyond["bridge"]["to_no_cache"], "unseen") == 1
 
 
@@ -205,22 +306,33 @@ def test_words_are_compared_with_the_feature_after_the_cache():
                 assert name == "feature after the cache" or d["p"] <= d["p_holm"] <= 1
     best = max(words, key=lambda name: words[name]["test"]["seen"])
     assert best == "that sentence alone"
-    assert all(interval(words[best], part, key) == 1 for part in ("seen", "unseen") for key in ("difference", "image"))
+    assert all(
+        interval(words[best], part, key) == 1
+        for part in ("seen", "unseen")
+        for key in ("difference", "image")
+    )
 
 
 def test_sounds_and_motion_fail_by_naming_no_kind():
     faults = load_results("cache_ablation")["faults"]
-    for sense in ("audio", "imu"):
-        by = faults[f"{sense}, raw"]
-        assert by["another kind"]["mean"] < .01 < by["no kind"]["mean"]
-        assert faults[f"{sense}, cache"]["no kind"]["mean"] < by["no kind"]["mean"]
-    assert faults["image, raw"]["no kind"]["mean"] < .01 < faults["image, raw"]["another kind"]["mean"]
+    for modality in ("audio", "imu"):
+        by = faults[f"{modality}, raw"]
+        assert by["another kind"]["mean"] < 0.01 < by["no kind"]["mean"]
+        assert faults[f"{modality}, cache"]["no kind"]["mean"] < by["no kind"]["mean"]
+    assert (
+        faults["image, raw"]["no kind"]["mean"]
+        < 0.01
+        < faults["image, raw"]["another kind"]["mean"]
+    )
 
 
 def test_a_part_of_the_ablation_is_found_again():
     "Depth maps of the test split, shipped model: the accuracies must lie in the intervals of the published ones."
-    models, published = seed_models([0]), load_results("cache_ablation")["headline"]["seen"]["depth"]
-    things, features = sense_features(models[0], "test", senses=("depth",))
+    models, published = (
+        seed_models([0]),
+        load_results("cache_ablation")["headline"]["seen"]["depth"],
+    )
+    things, features = modality_features(models[0], "test", modalities=("depth",))
     for row, cache in dict(raw=False, cache=True).items():
         hits = caption_accuracy(models[0], features["depth"], things, cache)
         for attribute in ATTRIBUTES:
@@ -231,11 +343,13 @@ def test_a_part_of_the_ablation_is_found_again():
 def test_a_part_of_emergence_is_found_again():
     "Sounds named by point clouds, once more, by the shipped towers: within the interval of the published accuracy."
     model, results = seed_models([0])[0], load_results("emergence")
-    things, sounds = sense_features(model, "test", senses=("audio",))
-    known, clouds = sense_features(model, "validation", senses=("point",))
+    things, sounds = modality_features(model, "test", modalities=("audio",))
+    known, clouds = modality_features(model, "validation", modalities=("point",))
     means = torch.stack([clouds["point"][known.kind == kind].mean(0) for kind in range(len(KINDS))])
     guess = (sounds["audio"] @ F.normalize(means, dim=1).T).argmax(1)
-    low, high = wilson(results["naming"][SENSORS.index("audio")][SENSORS.index("point")], len(things))
+    low, high = wilson(
+        results["naming"][MODALITIES.index("audio")][MODALITIES.index("point")], len(things)
+    )
     assert low <= (guess == things.kind).float().mean() <= high
 
 
@@ -244,40 +358,55 @@ def assert_paired(scores, difference, reference):
     for arm, by in difference.items():
         for asked, d in by.items():
             assert d["low"] <= d["mean"] <= d["high"] and d["p"] <= d["p_holm"] <= 1
-            assert scores[arm][asked]["mean"] - scores[reference][asked]["mean"] == pytest.approx(d["mean"], abs=2e-4)
+            assert scores[arm][asked]["mean"] - scores[reference][asked]["mean"] == pytest.approx(
+                d["mean"], abs=2e-4
+            )
 
 
 def test_ways_in_are_compared_thing_by_thing():
     results = load_results("injection_forms")
     assert len(results["seeds"]) >= 3 and results["n"]["pictured"] >= 1000
-    assert list(results["scores"]) == list(results["losses"]) == list(figures.FORM_LOOKS)
+    assert list(results["scores"]) == list(results["losses"]) == list(FORM_LOOKS)
     seconds = results["step_seconds"]
-    assert {form: s / seconds["attention output"] for form, s in seconds.items()} == \
-        pytest.approx(results["slower"], rel=.2), "a median of ratios is about the ratio of medians"
-    assert all(results["rates"][form] == max(tried, key=tried.get) for form, tried in
-               ((form, {float(rate): v for rate, v in by.items()}) for form, by in results["tried"].items()))
+    assert {form: s / seconds["attention output"] for form, s in seconds.items()} == pytest.approx(
+        results["slower"], rel=0.2
+    ), "a median of ratios is about the ratio of medians"
+    assert all(
+        results["rates"][form] == max(tried, key=tried.get)
+        for form, tried in (
+            (form, {float(rate): v for rate, v in by.items()})
+            for form, by in results["tried"].items()
+        )
+    )
     assert_paired(results["scores"], results["difference"], "attention output")
 
 
 def test_starts_of_the_gates_are_asked_the_same_at_every_moment():
     results = load_results("gates")
-    starts, moments = list(figures.GATE_COLOURS), list(figures.MOMENTS)
+    starts, moments = list(GATE_COLOURS), list(MOMENTS)
     assert len(results["seeds"]) >= 3 and results["n"] >= 1000
     for by in results["ability"].values():
         assert list(by) == starts and all(list(course) == moments for course in by.values())
-        assert by["zero"]["before"]["seeds"] == [1] * len(results["seeds"]), "a shut gate lets nothing in"
+        assert by["zero"]["before"]["seeds"] == [1] * len(results["seeds"]), (
+            "a shut gate lets nothing in"
+        )
     assert_paired(results["kind"], results["difference"], "zero")
     for by in results["difference"].values():
-        for d in by.values(): assert len(d["seeds"]) == len(results["seeds"]) and max(d["seeds"]) < 0, "zero gates lead"
+        for d in by.values():
+            assert len(d["seeds"]) == len(results["seeds"]) and max(d["seeds"]) < 0, (
+                "zero gates lead"
+            )
 
 
 def test_gates_open_from_zero_and_are_needed():
     results = load_results("gates")
     kind = {gates: by["after stage 2"]["mean"] for gates, by in results["kind"].items()}
-    assert kind["open"] < .2 < .5 < min(kind["zero"], kind["random"])
+    assert kind["open"] < 0.2 < 0.5 < min(kind["zero"], kind["random"])
     opening, final = torch.tensor(results["opening"]), torch.tensor(results["final"])
     assert opening.shape == (len(results["seeds"]), 100, 4, 4) and not opening[:, 0].any()
-    assert torch.allclose(opening[:, -1], final, atol=.002), "the rate ends at zero, and so does the way"
+    assert torch.allclose(opening[:, -1], final, atol=0.002), (
+        "the rate ends at zero, and so does the way"
+    )
     assert final[0].abs().mean(1).argmax() == 3, "the last layer opens widest"
 
 
@@ -285,10 +414,13 @@ def test_parts_are_compared_thing_by_thing():
     results = load_results("parts_and_stages")
     assert len(results["seeds"]) >= 3 and results["n"]["pictured"] >= 1000
     assert {arm for arms in results["groups"].values() for arm in arms} == set(results["scores"])
-    assert results["scores"]["stage 2 alone"]["kind, pictured"]["mean"] < .2, "blind by construction"
+    assert results["scores"]["stage 2 alone"]["kind, pictured"]["mean"] < 0.2, (
+        "blind by construction"
+    )
     assert_paired(results["scores"], results["difference"], "reference")
     for arm, sign in {"linear": -1, "stage 1 alone": 1, "stage 2 alone": -1, "joint": 1}.items():
-        for d in results["difference"][arm].values(): assert min(sign * seed for seed in d["seeds"]) > 0, arm
+        for d in results["difference"][arm].values():
+            assert min(sign * seed for seed in d["seeds"]) > 0, arm
     rivals = {arm: results["scores"][arm] for arm in ("reference, cache", *results["to_cache"])}
     assert_paired(rivals, results["to_cache"], "reference, cache")
 
@@ -297,10 +429,14 @@ def test_the_other_towers_are_measured_like_the_shipped_ones():
     results = load_results("other_towers")
     assert len(results["seeds"]) >= 3 and results["n"]["seen"] >= 1000
     for part, agreement in results["agreement"].items():
-        carried = [f"{sense} {attribute}" for sense in SENSORS for attribute in CARRIES[sense]]
-        assert sorted(name.split(",")[0] for names in agreement.values() for name in names) == sorted(carried)
+        carried = [
+            f"{modality} {attribute}" for modality in MODALITIES for attribute in CARRIES[modality]
+        ]
+        assert sorted(
+            name.split(",")[0] for names in agreement.values() for name in names
+        ) == sorted(carried)
         for by in results["headline"].values():
-            assert list(by[part]) == list(SENSORS)
+            assert list(by[part]) == list(MODALITIES)
             for cell in (cell for cells in by[part].values() for cell in cells.values()):
                 assert len(cell["difference"]["seeds"]) == len(results["seeds"])
                 gained = cell["cache"]["mean"] - cell["raw"]["mean"]
@@ -309,33 +445,43 @@ def test_the_other_towers_are_measured_like_the_shipped_ones():
 
 def test_emergence_is_measured_for_all_pairs_of_senses():
     results = load_results("emergence")
-    assert results["senses"] == list(SENSORS) and results["n"] >= 1000
+    assert results["modalities"] == list(MODALITIES) and results["n"] >= 1000
     for matrix in ("own", "alike", "naming", "untrained_naming"):
         assert [len(row) for row in results[matrix]] == [8] * 8
         assert all(0 <= value <= 1 for row in results[matrix] for value in row)
-    assert results["overview"]["emergent"]["naming"] > 4 * results["overview"]["emergent"]["untrained"]
+    assert (
+        results["overview"]["emergent"]["naming"] > 4 * results["overview"]["emergent"]["untrained"]
+    )
 
 
 def test_the_gap_has_its_controls_and_its_course():
     results = load_results("modality_gap")
-    assert list(results["gaps"]) == [sense for sense in SENSORS if sense != "image"]
+    assert list(results["gaps"]) == [modality for modality in MODALITIES if modality != "image"]
     assert set(results["controls"]) == {"pictures, taken again", "pictures, dealt anew"}
     for course in results["courses"].values():
         steps = [row["step"] for row in course]
         assert steps[0] == 0 and steps == sorted(steps) and course[0]["pair"] < course[-1]["pair"]
-    assert not any(name.endswith(" 14") for name in results["gains"]), "the shipped towers count once"
-    assert all(by["raw"]["low"] <= by["raw"]["r"] <= by["raw"]["high"] for by in results["correlations"].values())
+    assert not any(name.endswith(" 14") for name in results["gains"]), (
+        "the shipped towers count once"
+    )
+    assert all(
+        by["raw"]["low"] <= by["raw"]["r"] <= by["raw"]["high"]
+        for by in results["correlations"].values()
+    )
 
 
 def test_a_third_sound_leads_nowhere_and_the_cache_helps_only_what_was_pictured():
     sums = load_results("arithmetic")["sums"]
-    assert sums["swap"]["seen"]["off"]["both"]["mean"] > .9
+    assert sums["swap"]["seen"]["off"]["both"]["mean"] > 0.9
     for part in ("seen", "unseen"):
-        for row in ("off", "on"): assert sums["swap with a third sound"][part][row]["both"]["mean"] < .05
+        for row in ("off", "on"):
+            assert sums["swap with a third sound"][part][row]["both"]["mean"] < 0.05
     for name in ("swap", "mixture", "direction"):
         for part, sign in dict(seen=1, unseen=-1).items():
             d = sums[name][part]["difference"]
-            assert all(sign * x > 0 for x in (d["low"], d["high"], *d["seeds"])) and d["p_holm"] < .05, (name, part)
+            assert (
+                all(sign * x > 0 for x in (d["low"], d["high"], *d["seeds"])) and d["p_holm"] < 0.05
+            ), (name, part)
 
 
 def test_sums_are_compared_question_by_question():
@@ -347,7 +493,8 @@ def test_sums_are_compared_question_by_question():
             gained = part["on"]["both"]["mean"] - part["off"]["both"]["mean"]
             assert gained == pytest.approx(part["difference"]["mean"], abs=2e-4)
     for course in results["walks"].values():
-        for shares in zip(*course.values()): assert sum(shares) == pytest.approx(1, abs=1e-3)
+        for shares in zip(*course.values()):
+            assert sum(shares) == pytest.approx(1, abs=1e-3)
 
 
 def test_answers_that_should_not_be_given_are_counted_in_full():
@@ -358,12 +505,17 @@ def test_answers_that_should_not_be_given_are_counted_in_full():
     for case, by in everything.items():
         for when, rows in by.items():
             for cells in rows.values():
-                assert sum(s["mean"] for s in cells.values()) == pytest.approx(1, abs=1e-3), "every answer ends one way"
-                assert when != "before" or cells["refused"]["mean"] == 0, "nobody had taught it to refuse"
+                assert sum(s["mean"] for s in cells.values()) == pytest.approx(1, abs=1e-3), (
+                    "every answer ends one way"
+                )
+                assert when != "before" or cells["refused"]["mean"] == 0, (
+                    "nobody had taught it to refuse"
+                )
                 assert case not in empty or cells["right"]["mean"] == 0, "nothing can be right"
     for key, d in results["changes"].items():
         row, case, outcome, *control = key.split(", ")
-        if control: continue
+        if control:
+            continue
         gained = (everything[case][when][row][outcome]["mean"] for when in ("after", "before"))
         assert next(gained) - next(gained) == pytest.approx(d["mean"], abs=2e-4)
     for curve in results["curves"].values():
@@ -373,23 +525,32 @@ def test_answers_that_should_not_be_given_are_counted_in_full():
 def test_what_was_never_pictured_is_followed_from_the_feature_to_the_answer():
     results = load_results("silence")
     assert list(results["places"])[0] == "search" and list(results["places"])[-1] == "answer"
-    assert {name: by for name, by in results["places"].items() if name in results["probes"]["pictured"]} == \
-        results["probes"]["pictured"]
+    assert {
+        name: by for name, by in results["places"].items() if name in results["probes"]["pictured"]
+    } == results["probes"]["pictured"]
     for name, row in results["remedies"].items():
         for part in ("seen", "unseen"):
             gained = row[part]["both"]["mean"] - results["places"]["answer"][part]["both"]["mean"]
             assert gained == pytest.approx(row["difference"][part]["mean"], abs=2e-4), name
-    bind, lora = (results["remedies"][f"{which}: pictures of all"]["unseen"]["both"]["mean"]
-                  for which in ("bind", "LoRA"))
+    bind, lora = (
+        results["remedies"][f"{which}: pictures of all"]["unseen"]["both"]["mean"]
+        for which in ("bind", "LoRA")
+    )
     assert bind - lora == pytest.approx(results["bind_over_lora"]["unseen"]["mean"], abs=2e-4)
 
 
 def test_a_part_of_the_search_for_the_never_pictured_is_found_again():
     "The kinds of new pictures of never-pictured combinations, searched among sentences by the shipped towers."
-    model, published = seed_models([0])[0], load_results("silence")["never"]["unseen"]["image"]["search"]
-    things, features = sense_features(model, "test_unseen", senses=("image",))
-    prototypes = text_prototypes(lambda texts: extract_features(
-        model.encoder, "text", read_recording(model.processor, "text", texts)))
+    model, published = (
+        seed_models([0])[0],
+        load_results("silence")["never"]["unseen"]["image"]["search"],
+    )
+    things, features = modality_features(model, "test_unseen", modalities=("image",))
+    prototypes = text_prototypes(
+        lambda texts: extract_features(
+            model.encoder, "text", read_recording(model.processor, "text", texts)
+        )
+    )
     found = zero_shot(features["image"], prototypes, every_thing())
     low, high = wilson(published["kind"]["mean"], load_results("silence")["n_unseen"])
     assert low <= (found["kind"] == things.kind).float().mean() <= high

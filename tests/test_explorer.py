@@ -1,4 +1,5 @@
 "Explorer: functions agree with the model's own; controls do what they say, never block and never fail in silence."
+
 import itertools
 import sys
 import time
@@ -17,32 +18,52 @@ from matplotlib.figure import Figure
 from plotly.basedatatypes import BaseFigure
 
 import ibllm
-from ibllm.explorer import (
-    CacheRow, Explorer, Plot, combine, draw_cloud, draw_map, draw_view, memory_pictures, mp4, neighbours, next_tokens,
-    pca, place, sample_inputs, show_input, store_places, stored_places, thumbnails, toyland_atlas)
-from ibllm.world import SENSORS, project_folder
+from ibllm.config import MODALITIES
+from ibllm.explorer.show import (
+    combine,
+    draw_cloud,
+    draw_map,
+    draw_view,
+    mp4,
+    neighbours,
+    next_tokens,
+    pca,
+    place_on_map,
+    sample_inputs,
+    show_input,
+    store_places,
+    stored_places,
+    thumbnails,
+)
+from ibllm.explorer.widgets import CacheRow, Explorer, Plot
+from ibllm.files import project_folder
+from ibllm.toyland.pictures import memory_pictures, toyland_atlas
 
 QUESTION = "what is this ?"
 
 
 @pytest.fixture(scope="module")
-def samples(): return sample_inputs(project_folder() / "data" / "samples")
+def samples():
+    return sample_inputs(project_folder() / "data" / "samples")
 
 
 @pytest.fixture(scope="module")
 def model():
     "Toyland with random gates, as zero gates would hide every mistake."
     model = ibllm.load("toyland")
-    with torch.no_grad(): model.injection.gates.normal_(generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.injection.gates.normal_(generator=torch.Generator().manual_seed(0))
     return model
 
 
 @pytest.fixture(scope="module")
-def pictures(model): return memory_pictures(model)
+def pictures(model):
+    return memory_pictures(model)
 
 
 @pytest.fixture(scope="module")
-def atlas(model): return toyland_atlas(model, count=20)
+def atlas(model):
+    return toyland_atlas(model, count=20)
 
 
 @pytest.fixture
@@ -51,16 +72,18 @@ def explorer(model, samples, pictures, atlas):
     explorer.preparation.join()
     yield explorer
     explorer.stop()
-    if explorer.worker: explorer.worker.join()
+    if explorer.worker:
+        explorer.worker.join()
 
 
 @pytest.fixture
-def bell(samples): return {"audio": (samples["bell"]["audio"], 1.), "depth": (samples["bell"]["depth"], .5)}
+def bell(samples):
+    return {"audio": (samples["bell"]["audio"], 1.0), "depth": (samples["bell"]["depth"], 0.5)}
 
 
 def endless(self, inputs, question, cache, scale):
     for i in itertools.count():
-        time.sleep(.005)
+        time.sleep(0.005)
         yield f"{i} "
 
 
@@ -68,42 +91,55 @@ def until(condition):
     deadline = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(.005)
+        time.sleep(0.005)
 
 
 # Functions
 
+
 def test_samples_are_sorted_by_thing_and_sense(samples, tmp_path):
-    assert all(set(files) == set(SENSORS) for files in samples.values())
-    for name in ("old_bell_audio.wav", "bell_smell.wav", "audio.wav", "bell_audio"): (tmp_path / name).touch()
+    assert all(set(files) == set(MODALITIES) for files in samples.values())
+    for name in ("old_bell_audio.wav", "bell_smell.wav", "audio.wav", "bell_audio"):
+        (tmp_path / name).touch()
     assert sample_inputs(tmp_path) == {"old_bell": {"audio": tmp_path / "old_bell_audio.wav"}}
 
 
 def test_a_folder_without_samples_is_explained(tmp_path):
-    with pytest.raises(ValueError, match="has no samples, wants files called like"): sample_inputs(tmp_path)
+    with pytest.raises(ValueError, match="without samples, wants files called like"):
+        sample_inputs(tmp_path)
 
 
 def test_neighbours_are_those_the_model_uses(model, bell):
-    found = neighbours(model, bell, k=4, temperature=7.)
+    found = neighbours(model, bell, k=4, temperature=7.0)
     feature = model.prepare(bell, cache=False)
-    mixed = torch.nn.functional.normalize(.5 * feature + .5 * found.prototype, dim=1)
-    torch.testing.assert_close(mixed, model.prepare(bell, cache=dict(k=4, temperature=7., weight=.5)))
+    mixed = torch.nn.functional.normalize(0.5 * feature + 0.5 * found.prototype, dim=1)
+    torch.testing.assert_close(
+        mixed, model.prepare(bell, cache=dict(k=4, temperature=7.0, weight=0.5))
+    )
     torch.testing.assert_close(found.weights, torch.softmax(7 * found.similarities, dim=1))
 
 
 def test_neighbours_need_a_cache_and_a_feature(model, bell, monkeypatch):
-    with pytest.raises(ValueError, match="zero vector"): neighbours(model, {})
-    with pytest.raises(ValueError, match="k: got 0"): neighbours(model, bell, k=0)
+    with pytest.raises(ValueError, match="zero vector"):
+        neighbours(model, {})
+    with pytest.raises(ValueError, match="k: got 0"):
+        neighbours(model, bell, k=0)
     monkeypatch.setattr(model, "cache", None)
-    with pytest.raises(ValueError, match="model: got one without a cache"): neighbours(model, bell)
+    with pytest.raises(ValueError, match="model: got one without a cache"):
+        neighbours(model, bell)
 
 
 @torch.no_grad()
 def test_next_tokens_go_from_the_language_model_alone_to_the_trained_model(model, bell):
     told = next_tokens(model, bell, QUESTION, (0, 1), cache=False, count=5)
     [answer] = model.generate(bell, QUESTION, cache=False)
-    assert answer.startswith(told.written.strip()) and told.probabilities.shape == (2, len(told.tokens)) == (2, 5)
-    written = model.tokenizer(told.written, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
+    assert answer.startswith(told.written.strip()) and told.probabilities.shape == (
+        2,
+        len(told.tokens),
+    ) == (2, 5)
+    written = model.tokenizer(told.written, add_special_tokens=False, return_tensors="pt")[
+        "input_ids"
+    ].long()
     ids = torch.cat([model.tokenize([QUESTION])["input_ids"], written], dim=1)
     alone = model.llm(ids).logits[0, -1].softmax(-1)
     whole = model(ids, model.prepare(bell, cache=False)).logits[0, -1].softmax(-1)
@@ -116,38 +152,62 @@ def test_next_tokens_go_from_the_language_model_alone_to_the_trained_model(model
 
 def test_next_tokens_are_shown_where_the_scales_disagree(model, bell):
     told = next_tokens(model, bell, QUESTION, (0, 1), cache=False, count=len(model.tokenizer))
-    first = next_tokens(model, bell, QUESTION, (1,), cache=False, count=len(model.tokenizer))  # one scale: no dispute
+    first = next_tokens(
+        model, bell, QUESTION, (1,), cache=False, count=len(model.tokenizer)
+    )  # one scale: no dispute
     assert first.written == "" and first.probabilities.sum().item() == pytest.approx(1, abs=1e-4)
-    assert (told.probabilities[0] - told.probabilities[1]).abs().sum() > .1
+    assert (told.probabilities[0] - told.probabilities[1]).abs().sum() > 0.1
 
 
 def test_next_tokens_take_the_cache_into_account(model, bell):
-    first, second = (next_tokens(model, bell, QUESTION, (1,), cache).probabilities for cache in (False, True))
+    first, second = (
+        next_tokens(model, bell, QUESTION, (1,), cache).probabilities for cache in (False, True)
+    )
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("scales, got", [((), "none"), ((float("nan"),), "nan"), ((1, float("inf")), "inf")])
+@pytest.mark.parametrize(
+    "scales, got", [((), "none"), ((float("nan"),), "nan"), ((1, float("inf")), "inf")]
+)
 def test_bad_scales_are_explained(model, bell, scales, got):
     with pytest.raises(ValueError, match=f"scales?: got {got}, wants .* finite number"):
         next_tokens(model, bell, QUESTION, scales)
 
 
 def test_view_has_both_charts(model, bell):
-    figure = draw_view(model, bell, QUESTION, dict(k=4, temperature=7., weight=.5), scale=2., title="$a title")
+    figure = draw_view(
+        model, bell, QUESTION, dict(k=4, temperature=7.0, weight=0.5), scale=2.0, title="$a title"
+    )
     left, right = figure.axes
     assert isinstance(figure, Figure) and len(left.patches) == 4 and len(right.patches) == 12
-    assert [text.get_text() for text in right.get_legend().get_texts()] == ["injection × 0", "injection × 2"]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == [
+        "injection × 0",
+        "injection × 2",
+    ]
     assert draw_view(model, {}, QUESTION).axes[0].texts[0].get_text() == "the cache is not used"
 
 
 def test_inputs_are_shown_as_the_model_got_them(model, samples):
-    shown = {sense: show_input(model.processor, sense, path, "<a> bell") for sense, path in samples["bell"].items()}
+    shown = {
+        modality: show_input(model.processor, modality, path, "<a> bell")
+        for modality, path in samples["bell"].items()
+    }
     assert "bell" in shown["text"] and "<audio" in shown["audio"] and "<video" in shown["video"]
-    assert all("image/png" in shown[sense] for sense in ("image", "audio", "point", "depth", "thermal", "imu"))
-    assert all("<a> bell" not in html and "&lt;a&gt; bell" in html for sense, html in shown.items() if sense != "text")
-    assert " autoplay" in show_input(model.processor, "audio", samples["bell"]["audio"].read_bytes(), "", play=True)
+    assert all(
+        "image/png" in shown[modality]
+        for modality in ("image", "audio", "point", "depth", "thermal", "imu")
+    )
+    assert all(
+        "<a> bell" not in html and "&lt;a&gt; bell" in html
+        for modality, html in shown.items()
+        if modality != "text"
+    )
+    assert " autoplay" in show_input(
+        model.processor, "audio", samples["bell"]["audio"].read_bytes(), "", play=True
+    )
     assert "<b>" not in show_input(model.processor, "text", b"<b>bell", "")
-    with pytest.raises(ValueError): show_input(model.processor, "image", b"no picture", "")
+    with pytest.raises(ValueError):
+        show_input(model.processor, "image", b"no picture", "")
 
 
 def test_films_can_be_played(tmp_path):
@@ -167,57 +227,75 @@ def test_cloud_keeps_its_points(model, samples):
 def test_thumbnails_show_what_was_found(model, bell, pictures):
     found = neighbours(model, bell, k=4)
     shown = thumbnails(found, pictures)
-    assert shown.count("<img") == thumbnails(found).count("<img") == 4 and shown != thumbnails(found)
+    assert shown.count("<img") == thumbnails(found).count("<img") == 4 and shown != thumbnails(
+        found
+    )
     for similarity, weight in zip(found.similarities[0], found.weights[0]):
         assert f"similar {similarity:.2f}<br>weight {weight:.0%}" in shown
 
 
 def test_memory_pictures_are_those_of_the_memory(model, pictures, monkeypatch):
     rows = torch.tensor([3, 777, len(pictures) - 1])
-    similarities, ids = model.cache.search(model.embed({"image": pictures[rows].numpy()})["image"], 1)
-    assert ids[:, 0].tolist() == rows.tolist() and similarities.min() > .999
-    monkeypatch.setattr(model, "cache", ibllm.cache.VisualCache.build(torch.randn(500, model.cache.width)))
-    with pytest.raises(ValueError, match="memory: it was not made from"): memory_pictures(model)
+    similarities, ids = model.cache.search(
+        model.embed({"image": pictures[rows].numpy()})["image"], 1
+    )
+    assert ids[:, 0].tolist() == rows.tolist() and similarities.min() > 0.999
+    monkeypatch.setattr(
+        model, "cache", ibllm.cache.VisualCache.build(torch.randn(500, model.cache.width))
+    )
+    with pytest.raises(ValueError, match="memory: it was not made from"):
+        memory_pictures(model)
     monkeypatch.setattr(model, "cache", None)
-    with pytest.raises(ValueError, match="model: got one without a cache"): memory_pictures(model)
+    with pytest.raises(ValueError, match="model: got one without a cache"):
+        memory_pictures(model)
 
 
 # The map
 
+
 def test_recordings_of_the_map_are_files_that_have_its_features(model, atlas):
-    assert len(atlas.features) == len(atlas.places) == 20 * len(SENSORS)
-    for n, sense in enumerate(SENSORS):
+    assert len(atlas.features) == len(atlas.places) == 20 * len(MODALITIES)
+    for n, modality in enumerate(MODALITIES):
         i = n * 20 + 7
-        assert atlas.sense(i) == sense and atlas.words(i).startswith(f"{sense} 7: ")
-        again = model.embed({sense: [atlas.file(i)]})[sense]
-        assert (again @ atlas.features[i]).item() > .99  # files round
+        assert atlas.modality(i) == modality and atlas.words[i].startswith(f"{modality} 7: ")
+        again = model.embed({modality: [atlas.read(i)]})[modality]
+        assert (again @ atlas.features[i]).item() > 0.99  # files round
 
 
 def test_stored_map_is_the_one_of_the_shipped_weights(model):
-    assert toyland_atlas(model).method == "UMAP", "the weights changed: run nbs/walkthrough/07_mix_the_senses.ipynb"
+    assert toyland_atlas(model).method == "UMAP", (
+        "the weights changed: run nbs/walkthrough/07_mix_the_senses.ipynb"
+    )
 
 
 def test_places_are_stored_for_these_features_only(atlas, tmp_path):
     path = tmp_path / "map.npz"
     assert stored_places(atlas, path) is None
     store_places(atlas, path)
-    torch.testing.assert_close(stored_places(atlas, path), atlas.places, atol=.006, rtol=0)
+    torch.testing.assert_close(stored_places(atlas, path), atlas.places, atol=0.006, rtol=0)
     assert stored_places(atlas._replace(features=atlas.features.flip(0)), path) is None
-    assert stored_places(atlas._replace(features=atlas.features[:80], things=atlas.things[:10]), path) is None
+    assert (
+        stored_places(atlas._replace(features=atlas.features[:80], words=atlas.words[:80]), path)
+        is None
+    )
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_pca_keeps_the_two_widest_directions():
-    wide = torch.randn(200, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([.1, 5., .1, 2., .1]) + 3
+    wide = (
+        torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([0.1, 5.0, 0.1, 2.0, 0.1])
+        + 3
+    )
     first, second = pca(wide).T
     centred = wide - wide.mean(0)
-    assert torch.corrcoef(torch.stack([first, centred[:, 1]]))[0, 1].abs() > .99
-    assert torch.corrcoef(torch.stack([second, centred[:, 3]]))[0, 1].abs() > .99
+    assert torch.corrcoef(torch.stack([first, centred[:, 1]]))[0, 1].abs() > 0.99
+    assert torch.corrcoef(torch.stack([second, centred[:, 3]]))[0, 1].abs() > 0.99
 
 
 def test_features_are_placed_among_their_neighbours(atlas):
-    torch.testing.assert_close(place(atlas.features, atlas, k=1), atlas.places)
-    between = place(atlas.features[:1] + atlas.features[1:2], atlas, temperature=5.)
+    torch.testing.assert_close(place_on_map(atlas.features, atlas, k=1), atlas.places)
+    between = place_on_map(atlas.features[:1] + atlas.features[1:2], atlas, temperature=5.0)
     assert (between > atlas.places.amin(0)).all() and (between < atlas.places.amax(0)).all()
 
 
@@ -225,7 +303,8 @@ def test_sums_of_features(atlas):
     a, b, c = atlas.features[:3].split(1)
     total = combine(a, b, c)
     torch.testing.assert_close(total * (a - b + c).norm(), a - b + c)
-    with pytest.raises(ValueError, match="a − b [+] c: nothing is left"): combine(a, 2 * a, a)
+    with pytest.raises(ValueError, match="a − b [+] c: nothing is left"):
+        combine(a, 2 * a, a)
 
 
 def test_static_map_has_a_dot_for_every_recording(atlas):
@@ -233,11 +312,11 @@ def test_static_map_has_a_dot_for_every_recording(atlas):
 
 
 def test_map_colours_by_kind_and_names_the_kinds(explorer):
-    explorer.map.colour.value = "kind"
-    figure, things = explorer.map.figure, explorer.map.atlas.things
-    assert len(set(figure.data[0].marker.color)) == len(set(things.kind.tolist()))
-    assert {note.text for note in figure.layout.annotations} == {things.words(i)["kind"] for i in range(len(things))}
-    explorer.map.colour.value = "sense"
+    explorer.map.colour.value = "label"
+    figure, labels = explorer.map.figure, set(explorer.map.atlas.labels)
+    assert len(set(figure.data[0].marker.color)) == len(labels)
+    assert {note.text for note in figure.layout.annotations} == labels
+    explorer.map.colour.value = "modality"
     assert not figure.layout.annotations and len(set(figure.data[0].marker.color)) == 1
 
 
@@ -247,14 +326,19 @@ def marked(explorer, name):
 
 
 def test_marks_follow_the_sliders(explorer, model):
-    explorer.senses["audio"].choice.label, explorer.senses["image"].choice.label = "bell", "ball"
+    explorer.modalities["audio"].choice.label, explorer.modalities["image"].choice.label = (
+        "bell",
+        "ball",
+    )
     explorer.worker.join()
     before = marked(explorer, "mixture → enhanced")
-    explorer.senses["audio"].weight.value = .1
+    explorer.modalities["audio"].weight.value = 0.1
     explorer.worker.join()
     after, asked = marked(explorer, "mixture → enhanced"), explorer.request()
     mixture = model.prepare(asked["inputs"], cache=False)
-    both = place(torch.cat([mixture, model.enhance(mixture, asked["cache"])]), explorer.map.atlas)
+    both = place_on_map(
+        torch.cat([mixture, model.enhance(mixture, asked["cache"])]), explorer.map.atlas
+    )
     torch.testing.assert_close(after, both, atol=1e-4, rtol=0)
     assert (before - after).abs().max() > 1e-3
     explorer.cache.use.value = False
@@ -263,14 +347,16 @@ def test_marks_follow_the_sliders(explorer, model):
 
 
 def test_choosing_on_the_map_asks_about_the_recording(explorer):
-    explorer.map.sense.value, explorer.map.number.value = "audio", 5
+    explorer.map.modality.value, explorer.map.number.value = "audio", 5
     explorer.map.button.click()
     explorer.worker.join()
     explorer.map.viewer.join()
     assert list(explorer.request()["inputs"]) == ["audio"] and explorer.status.value == "done"
-    assert explorer.senses["audio"].choice.label == explorer.map.atlas.words(3 * 20 + 5)
+    assert explorer.modalities["audio"].choice.label == explorer.map.atlas.words[3 * 20 + 5]
     assert "<audio" in explorer.map.preview.value and explorer.plain.value
-    torch.testing.assert_close(marked(explorer, "chosen"), explorer.map.atlas.places[65:66], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        marked(explorer, "chosen"), explorer.map.atlas.places[65:66], atol=1e-4, rtol=0
+    )
 
 
 def tell(plot, event, points=()):
@@ -283,24 +369,28 @@ def tell(plot, event, points=()):
 def test_pointing_shows_and_clicking_asks(explorer):
     panel, atlas = explorer.map, explorer.map.atlas
     tell(panel.figure, "hover", [(3, 5)])
-    assert atlas.words(65) in panel.preview.value and explorer.worker is None
+    assert atlas.words[65] in panel.preview.value and explorer.worker is None
     panel.viewer.join()
     assert "<audio" in panel.preview.value and " autoplay" in panel.preview.value
     tell(panel.figure, "click", [(3, 5)])
     explorer.worker.join()
-    assert explorer.senses["audio"].choice.label == atlas.words(65) and explorer.status.value == "done"
+    assert (
+        explorer.modalities["audio"].choice.label == atlas.words[65]
+        and explorer.status.value == "done"
+    )
 
 
 def test_only_the_last_of_many_is_shown_in_full(explorer, monkeypatch):
     panel, made, held = explorer.map, [], Event()
 
-    def fail_slowly(atlas, i):
+    def fail_slowly(i):
         held.wait(10)
         made.append(i)
         raise ValueError("no <sound> today")
 
-    monkeypatch.setattr(type(panel.atlas), "file", fail_slowly)
-    for number in range(6): tell(panel.figure, "hover", [(2, number)])
+    panel.atlas = panel.atlas._replace(read=fail_slowly)
+    for number in range(6):
+        tell(panel.figure, "hover", [(2, number)])
     assert "text 5: " in panel.preview.value  # nothing waits for what is slow
     held.set()
     panel.viewer.join()
@@ -313,7 +403,10 @@ def test_a_lasso_chooses_what_is_in_its_middle(explorer, kind):
     panel, atlas = explorer.map, explorer.map.atlas
     x, y = atlas.places[24].tolist()
     path = f"M{x - 1},{y}L{x},{y + 1}L{x + 1e-9},{y + 1}L{x + 1},{y}L{x},{y - 1}Z"  # more corners at one end
-    drawn = dict(lasso=dict(type="path", path=path), box=dict(type="rect", x0=x + 1, x1=x - 1, y0=y - 1, y1=y + 1))
+    drawn = dict(
+        lasso=dict(type="path", path=path),
+        box=dict(type="rect", x0=x + 1, x1=x - 1, y0=y - 1, y1=y + 1),
+    )
 
     def let_go():
         "What the page tells; a pointing mouse may replace its message about points, but not that about the layout."
@@ -322,7 +415,10 @@ def test_a_lasso_chooses_what_is_in_its_middle(explorer, kind):
 
     let_go()
     explorer.worker.join()
-    assert atlas.words(24) in panel.preview.value and explorer.senses["video"].choice.label == atlas.words(24)
+    assert (
+        atlas.words[24] in panel.preview.value
+        and explorer.modalities["video"].choice.label == atlas.words[24]
+    )
     assert panel.figure.to_dict()["layout"]["selections"] == []  # put away
     panel.figure.data[1].visible = "legendonly"
     let_go()
@@ -331,16 +427,23 @@ def test_a_lasso_chooses_what_is_in_its_middle(explorer, kind):
 
 def test_no_edit_is_lost_between_page_and_threads():
     plot, sent = Plot(go.Figure(go.Scatter(x=[], y=[]))), []
-    plot.observe(lambda change: sent.append(change["new"]) if change["new"] else None, "_py2js_update")
+    plot.observe(
+        lambda change: sent.append(change["new"]) if change["new"] else None, "_py2js_update"
+    )
 
     def edit(first):
         for i in range(first, first + 20):
-            with plot.batch_update(): plot.data[0].update(x=[i], y=[i])
+            with plot.batch_update():
+                plot.data[0].update(x=[i], y=[i])
 
     threads = [Thread(target=edit, args=(100 * n,)) for n in range(4)]
-    for thread in threads: thread.start()
-    while any(thread.is_alive() for thread in threads): tell(plot, "hover")
-    assert len(sent) == 80 and all(message["style_data"]["x"] == message["style_data"]["y"] for message in sent)
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        tell(plot, "hover")
+    assert len(sent) == 80 and all(
+        message["style_data"]["x"] == message["style_data"]["y"] for message in sent
+    )
 
 
 def test_three_recordings_make_a_sum(explorer, model):
@@ -352,61 +455,93 @@ def test_three_recordings_make_a_sum(explorer, model):
     feature = combine(*atlas.features[[0, 60, 67]].split(1))
     [answer] = model.answer(model.enhance(feature), QUESTION)
     assert explorer.status.value == "done" and f"<b>{answer}</b>" in explorer.map.sum.value
-    torch.testing.assert_close(marked(explorer, "a − b + c")[-1:], place(feature, atlas), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        marked(explorer, "a − b + c")[-1:], place_on_map(feature, atlas), atol=1e-4, rtol=0
+    )
 
 
 def test_what_cannot_be_prepared_says_so(model, samples):
-    def fail(model): raise ValueError("no <map> today")
+    def fail(model):
+        raise ValueError("no <map> today")
+
     explorer = Explorer(model, samples, pictures=fail, atlas=fail)
     explorer.preparation.join()
-    assert explorer.retrieved.value == explorer.map_box.children[0].value == "<b>no &lt;map&gt; today</b>"
-    explorer.senses["audio"].choice.label = "bell"
+    assert (
+        explorer.retrieved.value
+        == explorer.map_box.children[0].value
+        == "<b>no &lt;map&gt; today</b>"
+    )
+    explorer.modalities["audio"].choice.label = "bell"
     explorer.worker.join()
     assert explorer.status.value == "done" and "similar" in explorer.retrieved.value
 
 
 # Controls
 
+
 def controls(widget: Widget):
     yield widget
-    for child in getattr(widget, "children", ()): yield from controls(child)
+    for child in getattr(widget, "children", ()):
+        yield from controls(child)
 
 
 def test_every_control_has_a_label_and_fits_800_pixels(explorer):
-    leaves = [w for w in controls(explorer) if not hasattr(w, "children") and not isinstance(w, BaseFigure)]
+    leaves = [
+        w
+        for w in controls(explorer)
+        if not hasattr(w, "children") and not isinstance(w, BaseFigure)
+    ]
     labels = [w.description for w in leaves if not isinstance(w, HTML)]
     assert all(labels) and len(set(labels)) == len(labels)
     assert all(int(w.layout.width[:-2]) <= 720 for w in leaves if w.layout.width)
-    assert all(w.layout.flex_flow == "row wrap" for w in controls(explorer) if type(w).__name__ in ("HBox", "SenseRow"))
-    assert not any(getattr(w, "continuous_update", False) for w in leaves if "Slider" in type(w).__name__)
+    assert all(
+        w.layout.flex_flow == "row wrap"
+        for w in controls(explorer)
+        if type(w).__name__ in ("HBox", "ModalityRow")
+    )
+    assert not any(
+        getattr(w, "continuous_update", False) for w in leaves if "Slider" in type(w).__name__
+    )
     assert "/" not in repr(explorer)
 
 
 def test_answers_are_the_models(explorer, model, samples):
-    explorer.senses["audio"].choice.label, explorer.senses["point"].choice.label = "bell", "ball"
+    explorer.modalities["audio"].choice.label, explorer.modalities["point"].choice.label = (
+        "bell",
+        "ball",
+    )
     explorer.question.value, explorer.scale.value = "what colour is it ?", 1.5
     asked = explorer.request()
-    assert asked["inputs"] == {"audio": (samples["bell"]["audio"], 1.), "point": (samples["ball"]["point"], 1.)}
+    assert asked["inputs"] == {
+        "audio": (samples["bell"]["audio"], 1.0),
+        "point": (samples["ball"]["point"], 1.0),
+    }
     assert asked["cache"] == asdict(model.config.cache) and asked["scale"] == 1.5
     explorer.ask_button.click()
     explorer.worker.join()
     assert (explorer.status.value, explorer.stop_button.disabled) == ("done", True)
     for box, cache in ((explorer.cached, asked["cache"]), (explorer.plain, False)):
-        assert unescape(box.value) == model.generate(asked["inputs"], asked["question"], cache=cache, scale=1.5)[0]
+        assert (
+            unescape(box.value)
+            == model.generate(asked["inputs"], asked["question"], cache=cache, scale=1.5)[0]
+        )
     assert explorer.retrieved.value.count("<img") == model.config.cache.k
     assert "<img" in explorer.chart.value and "<img" in explorer.gates.value
-    assert [s for s, card in explorer.given.cards.items() if card.layout.display != "none"] == ["audio", "point"]
+    assert [s for s, card in explorer.given.cards.items() if card.layout.display != "none"] == [
+        "audio",
+        "point",
+    ]
 
 
 def test_at_scale_zero_the_language_model_answers_alone(explorer, model):
-    explorer.senses["audio"].choice.label = "bell"
-    explorer.scale.value = 0.
+    explorer.modalities["audio"].choice.label = "bell"
+    explorer.scale.value = 0.0
     explorer.worker.join()
     assert explorer.cached.value == explorer.plain.value == model.generate(None, QUESTION)[0]
 
 
 def test_cards_come_and_go(explorer):
-    cloud, point = explorer.given.cloud, explorer.senses["point"].choice
+    cloud, point = explorer.given.cloud, explorer.modalities["point"].choice
     for label, display in (("bell", ""), ("ball", ""), ("none", "none")):
         point.label = label
         explorer.worker.join()
@@ -425,11 +560,16 @@ def test_words_alone_and_an_unused_cache(explorer):
 def test_letting_go_of_a_control_asks(explorer, monkeypatch, name):
     asked = []
     monkeypatch.setattr(explorer, "_answer", lambda request, stopped: asked.append(request))
-    if name == "choice": explorer.senses["imu"].choice.label = "bell"
-    if name == "question": explorer.question.value = "what colour is it ?"
-    if name == "weight": explorer.senses["imu"].weight.value = .5
-    if name == "cache": explorer.cache.use.value = False
-    if name == "scale": explorer.scale.value = 2.
+    if name == "choice":
+        explorer.modalities["imu"].choice.label = "bell"
+    if name == "question":
+        explorer.question.value = "what colour is it ?"
+    if name == "weight":
+        explorer.modalities["imu"].weight.value = 0.5
+    if name == "cache":
+        explorer.cache.use.value = False
+    if name == "scale":
+        explorer.scale.value = 2.0
     explorer.worker.join()
     assert len(asked) == 1
 
@@ -457,18 +597,28 @@ def test_asking_again_replaces_the_answer_under_way(explorer, monkeypatch):
     assert explorer.worker is not first and explorer.worker.is_alive()
 
 
-@pytest.mark.parametrize("upset, words", [
-    (lambda e: setattr(e.question, "value", " "), "prompts: got"),
-    (lambda e: e.senses["image"].add({"new": [{"name": "a.png", "content": b"<b>no"}]}), "a.png: cannot be read"),
-    (lambda e: e.senses["image"].add({"new": [{"name": "a.png", "content": b""}]}), "a.png: empty; give a picture"),
-], ids=["no question", "no picture", "empty file"])
+@pytest.mark.parametrize(
+    "upset, words",
+    [
+        (lambda e: setattr(e.question, "value", " "), "prompts: got"),
+        (
+            lambda e: e.modalities["image"].add({"new": [{"name": "a.png", "content": b"<b>no"}]}),
+            "a.png: cannot be read",
+        ),
+        (
+            lambda e: e.modalities["image"].add({"new": [{"name": "a.png", "content": b""}]}),
+            "a.png: empty; give a picture",
+        ),
+    ],
+    ids=["no question", "no picture", "empty file"],
+)
 def test_errors_are_shown_in_words(explorer, upset, words):
     upset(explorer)
     explorer.ask()
     explorer.worker.join()
     assert words in explorer.status.value and explorer.stop_button.disabled
     assert "<b>no" not in explorer.status.value
-    explorer.senses["image"].choice.index, explorer.question.value = 0, QUESTION
+    explorer.modalities["image"].choice.index, explorer.question.value = 0, QUESTION
     explorer.ask()
     explorer.worker.join()
     assert explorer.status.value == "done"
@@ -476,9 +626,14 @@ def test_errors_are_shown_in_words(explorer, upset, words):
 
 def test_an_uploaded_file_keeps_the_format_that_its_name_tells(explorer):
     shape = b"v 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nf 1 2 3\nf 1 2 4\n"
-    explorer.senses["point"].add({"new": [{"name": "corner.obj", "content": memoryview(shape)}]})
+    explorer.modalities["point"].add(
+        {"new": [{"name": "corner.obj", "content": memoryview(shape)}]}
+    )
     explorer.worker.join()
-    assert explorer.status.value == "done" and explorer.senses["point"].choice.label == "corner.obj"
+    assert (
+        explorer.status.value == "done"
+        and explorer.modalities["point"].choice.label == "corner.obj"
+    )
 
 
 def test_a_model_without_a_cache_has_its_controls_disabled(model, samples, monkeypatch):
@@ -491,7 +646,9 @@ def test_colab_is_told_of_widgets_from_outside_before_any_is_made(model, samples
     done, make = [], Explorer._make_controls
     colab = SimpleNamespace(enable_custom_widget_manager=lambda: done.append("told"))
     monkeypatch.setitem(sys.modules, "google.colab.output", colab)
-    monkeypatch.setattr(Explorer, "_make_controls", lambda *args: done.append("made") or make(*args))
+    monkeypatch.setattr(
+        Explorer, "_make_controls", lambda *args: done.append("made") or make(*args)
+    )
     Explorer(model, samples, pictures=lambda _: None, atlas=lambda _: None).preparation.join()
     assert done[:2] == ["told", "made"]
 

@@ -17,30 +17,23 @@ import pytest
 import soundfile
 import torch
 import trimesh
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.signal import resample_poly
 from transformers import AutoTokenizer, CLIPTokenizer
 
-from ibllm.inputs import (
-    InputConfig,
-    Processor,
-    audio_clips,
-    clip_frames,
-    load_audio,
-    load_depth,
-    load_image,
-    load_imu,
-    load_point,
-    load_text,
-    load_thermal,
-    load_video,
-    log_mel,
-    mel_filters,
-    resample,
-)
+from ibllm.config import InputConfig
+from ibllm.inputs.audio import audio_clips, load_audio, log_mel, mel_filters, resample
+from ibllm.inputs.image import load_image
+from ibllm.inputs.imu import load_imu
+from ibllm.inputs.maps import load_depth, load_thermal
+from ibllm.inputs.point import load_point
+from ibllm.inputs.processor import Processor
+from ibllm.inputs.text import load_text
+from ibllm.inputs.video import clip_frames, load_video
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / "golden" / "preprocess"
@@ -76,14 +69,18 @@ def largest_difference(key, x, name=None):
 
 @pytest.mark.parametrize("key", [k for k in META["items"] if k.startswith("image/")])
 def test_image_parity(key):
-    assert largest_difference(key, load_image(GOLDEN / "files" / key[6:])) <= META["tolerance"]["image"]["atol"]
+    assert (
+        largest_difference(key, load_image(GOLDEN / "files" / key[6:]))
+        <= META["tolerance"]["image"]["atol"]
+    )
 
 
 @pytest.mark.parametrize("key", [k for k in META["items"] if k.startswith("audio/")])
 def test_audio_parity(key):
     x = load_audio(GOLDEN / "files" / key[6:])
     assert (
-        largest_difference(key, x, key.replace("audio/", "audio_copied_clips/")) <= META["tolerance"]["audio"]["atol"]
+        largest_difference(key, x, key.replace("audio/", "audio_copied_clips/"))
+        <= META["tolerance"]["audio"]["atol"]
     )
 
 
@@ -97,8 +94,13 @@ def test_filter_bank_parity(file):
 
 
 def test_resampling_parity():
-    wave = torch.tensor(soundfile.read(GOLDEN / "files" / "stereo_44k_1300ms.wav", dtype="float32")[0][:, 0])
-    x, expected = resample(wave, 44_100, 16_000), OUTPUTS["resampled_first_channel/stereo_44k_1300ms.wav"]
+    wave = torch.tensor(
+        soundfile.read(GOLDEN / "files" / "stereo_44k_1300ms.wav", dtype="float32")[0][:, 0]
+    )
+    x, expected = (
+        resample(wave, 44_100, 16_000),
+        OUTPUTS["resampled_first_channel/stereo_44k_1300ms.wav"],
+    )
     assert len(x) == META["items"]["audio/stereo_44k_1300ms.wav"]["resampled_samples"]
     stride = -(-len(x) // len(expected))
     assert (x[::stride] - expected).abs().max() < 1e-5
@@ -108,9 +110,9 @@ def test_video_parity():
     key = "video/clip_6400ms.mp4"
     x = load_video(GOLDEN / "files" / "clip_6400ms.mp4")
     assert largest_difference(key, x) <= META["tolerance"]["video"]["atol"]
-    assert (x.mean((-1, -2))[0] - OUTPUTS["video_means/clip_6400ms.mp4"]).abs().max() <= META["tolerance"]["video"][
-        "atol"
-    ]
+    assert (x.mean((-1, -2))[0] - OUTPUTS["video_means/clip_6400ms.mp4"]).abs().max() <= META[
+        "tolerance"
+    ]["video"]["atol"]
 
 
 @pytest.mark.parametrize("file", ["cloud.npy", "cloud.obj"])
@@ -130,15 +132,21 @@ def clip_tokenizer():
     "CLIP's tokenizer from the vocabulary in open_clip_torch, without importing that package."
     package = importlib.util.find_spec("open_clip")
     if package is None:
-        pytest.skip("needs CLIP's vocabulary: pip install --no-deps open-clip-torch, as make test does")
+        pytest.skip(
+            "needs CLIP's vocabulary: pip install --no-deps open-clip-torch, as make test does"
+        )
     path = Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
     merges = [
-        tuple(line.split()) for line in gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 1]
+        tuple(line.split())
+        for line in gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 1]
     ]
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
     words = (
-        letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+        letters
+        + [c + "</w>" for c in letters]
+        + ["".join(m) for m in merges]
+        + ["<|startoftext|>", "<|endoftext|>"]
     )
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges)
 
@@ -153,7 +161,9 @@ def test_over_long_text():
     "The end token stays; the released code loses it, and then reads the same start token of every long text."
     tokenizer, long = clip_tokenizer(), ["dog " * 100, "cat " * 100]
     ids = load_text(long, InputConfig(), tokenizer)
-    assert (ids[:, 0] == 49406).all() and (ids[:, 76] == 49407).all() and (ids.argmax(1) == 76).all()
+    assert (
+        (ids[:, 0] == 49406).all() and (ids[:, 76] == 49407).all() and (ids.argmax(1) == 76).all()
+    )
     released = load_text(long, InputConfig(released_text=True), tokenizer)
     assert (released != 49407).all() and (released.argmax(1) == 0).all()
 
@@ -178,7 +188,25 @@ def test_text_parity(released):
 
 @pytest.mark.parametrize(
     "mode",
-    ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16", "PA", "La", "RGBa", "RGBX"],
+    [
+        "1",
+        "L",
+        "LA",
+        "P",
+        "RGB",
+        "RGBA",
+        "CMYK",
+        "YCbCr",
+        "LAB",
+        "HSV",
+        "I",
+        "F",
+        "I;16",
+        "PA",
+        "La",
+        "RGBa",
+        "RGBX",
+    ],
 )
 def test_image_modes(mode):
     grey = np.linspace(0, 255, 40 * 40).reshape(40, 40)
@@ -190,10 +218,16 @@ def test_image_modes(mode):
         image = Image.fromarray((grey / 255).astype(np.float32))
     else:
         image = (
-            Image.fromarray(grey.astype(np.uint8)).convert("RGB").convert({"La": "LA", "RGBa": "RGBA"}.get(mode, mode))
+            Image.fromarray(grey.astype(np.uint8))
+            .convert("RGB")
+            .convert({"La": "LA", "RGBa": "RGBA"}.get(mode, mode))
         )
     x = load_image(image, SMALL)
-    assert x.shape == (1, 3, 32, 32) and x.isfinite().all() and x[..., -1, :].mean() > x[..., 0, :].mean() + 1
+    assert (
+        x.shape == (1, 3, 32, 32)
+        and x.isfinite().all()
+        and x[..., -1, :].mean() > x[..., 0, :].mean() + 1
+    )
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp", "gif", "tiff", "ppm"])
@@ -268,11 +302,19 @@ def video_with_sound(path, seconds=2.0, video=True, codec="aac"):
         if video:
             for i in range(int(seconds * 10)):
                 container.mux(
-                    moving.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 10 * i, np.uint8), format="rgb24"))
+                    moving.encode(
+                        av.VideoFrame.from_ndarray(
+                            np.full((48, 64, 3), 10 * i, np.uint8), format="rgb24"
+                        )
+                    )
                 )
             container.mux(moving.encode())
-        wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * 16_000)) / 16_000).astype(np.float32)
-        frame = av.AudioFrame.from_ndarray(np.stack([wave, 0 * wave]), format="fltp", layout="stereo")
+        wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * 16_000)) / 16_000).astype(
+            np.float32
+        )
+        frame = av.AudioFrame.from_ndarray(
+            np.stack([wave, 0 * wave]), format="fltp", layout="stereo"
+        )
         frame.sample_rate = 16_000
         for piece in av.AudioResampler("fltp", "stereo", 16_000, frame_size=1024).resample(frame):
             container.mux(sound.encode(piece))
@@ -291,13 +333,16 @@ def test_sound_tracks(tmp_path, name, video):
 def test_first_channel_and_batches():
     waves = rng.uniform(-0.5, 0.5, (600, 2, 8000)).astype(np.float32)
     x = load_audio(waves, SMALL)
-    assert torch.equal(x, load_audio(waves[:, 0], SMALL)) and torch.equal(x[599:], load_audio(waves[599, 0], SMALL))
+    assert torch.equal(x, load_audio(waves[:, 0], SMALL)) and torch.equal(
+        x[599:], load_audio(waves[599, 0], SMALL)
+    )
     pcm = (waves[:3, 0] * 32768).astype(np.int16)
     assert (load_audio(pcm, SMALL) - load_audio(pcm / 32768, SMALL)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(
-    "old,new", [(48_000, 16_000), (44_100, 16_000), (8000, 16_000), (22_050, 8000), (11_025, 16_000)]
+    "old,new",
+    [(48_000, 16_000), (44_100, 16_000), (8000, 16_000), (22_050, 8000), (11_025, 16_000)],
 )
 def test_resampling_agrees_with_scipy(old, new):
     t = np.arange(old) / old
@@ -317,7 +362,9 @@ def test_resampling_a_part_equals_part_of_the_whole(old, new, samples, data):
     assert len(whole) == -(-samples * new // old)
     start = data.draw(st.integers(0, len(whole) - 1))
     count = data.draw(st.integers(1, len(whole) - start))
-    assert torch.allclose(resample(wave, old, new, start, count), whole[start : start + count], atol=1e-6)
+    assert torch.allclose(
+        resample(wave, old, new, start, count), whole[start : start + count], atol=1e-6
+    )
 
 
 def test_odd_rates_need_little_memory():
@@ -349,7 +396,9 @@ def ramp_video(path, frames, fps, codec="ffv1", times=None):
                 1, 1000
             )
         for i in range(frames):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 4 * i, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((32, 32, 3), 4 * i, np.uint8), format="rgb24"
+            )
             if times:
                 frame.pts, frame.time_base = round(times[i] * 1000), Fraction(1, 1000)
             container.mux(stream.encode(frame))
@@ -366,14 +415,21 @@ def test_file_and_array_choose_the_same_frames(tmp_path):
     for frames, fps in ((6, 6), (60, 30), (7, 25), (1, 10), (13, 5)):
         ramp_video(tmp_path / "v.mkv", frames, fps)
         film = np.stack([np.full((32, 32, 3), 4 * i, np.uint8) for i in range(frames)])
-        assert torch.equal(load_video(tmp_path / "v.mkv", SMALL), load_video((film, fps), SMALL)), (frames, fps)
+        assert torch.equal(load_video(tmp_path / "v.mkv", SMALL), load_video((film, fps), SMALL)), (
+            frames,
+            fps,
+        )
 
 
 def test_variable_rate(tmp_path):
     times = [0, 0.1, 0.2, 0.9, 1.6, 1.7]
     ramp_video(tmp_path / "v.mkv", 6, 30, times=times)
     x = brightness(load_video(tmp_path / "v.mkv", SMALL)) // 4
-    assert x.tolist() == [[0, 2], [3, 3], [4, 5]]  # of 1.733 s: from 0, 0.7 and 1.4 s, a third of a second each
+    assert x.tolist() == [
+        [0, 2],
+        [3, 3],
+        [4, 5],
+    ]  # of 1.733 s: from 0, 0.7 and 1.4 s, a third of a second each
 
 
 def test_empty_clip_takes_the_frame_on_screen():
@@ -381,7 +437,13 @@ def test_empty_clip_takes_the_frame_on_screen():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 200), st.floats(0.5, 120), st.integers(1, 7), st.integers(1, 5), st.floats(0.1, 3))
+@given(
+    st.integers(1, 200),
+    st.floats(0.5, 120),
+    st.integers(1, 7),
+    st.integers(1, 5),
+    st.floats(0.1, 3),
+)
 def test_clip_frames_are_sorted_and_inside(count, fps, clips, frames, seconds):
     config = InputConfig(video_clips=clips, video_frames=frames, video_clip_seconds=seconds)
     chosen = clip_frames(np.arange(count) / fps, count / fps, config)
@@ -393,7 +455,9 @@ def test_rotated_video(tmp_path):
     film = np.zeros((6, 32, 48, 3), np.uint8)
     film[:, :8] = 255  # bright at the top
     with av.open(str(tmp_path / "v.mp4"), "w") as container:
-        stream = container.add_stream("libx264rgb", rate=6, width=48, height=32, pix_fmt="rgb24", options={"crf": "0"})
+        stream = container.add_stream(
+            "libx264rgb", rate=6, width=48, height=32, pix_fmt="rgb24", options={"crf": "0"}
+        )
         if not hasattr(stream, "set_display_rotation"):
             pytest.skip("this PyAV cannot write a rotation")
         stream.set_display_rotation(90)
@@ -408,10 +472,19 @@ def test_rotated_video(tmp_path):
 def test_long_key_frame_distance(tmp_path):
     with av.open(str(tmp_path / "v.mp4"), "w") as container:
         stream = container.add_stream(
-            "libx264", rate=25, width=64, height=64, pix_fmt="yuv420p", options={"g": "40", "bf": "3"}
+            "libx264",
+            rate=25,
+            width=64,
+            height=64,
+            pix_fmt="yuv420p",
+            options={"g": "40", "bf": "3"},
         )
         for i in range(250):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), i, np.uint8), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(np.full((64, 64, 3), i, np.uint8), format="rgb24")
+                )
+            )
         container.mux(stream.encode())
     config = InputConfig(image_size=64, video_crops=1)
     chosen, x = (
@@ -429,7 +502,11 @@ def test_video_containers(tmp_path, kind):
         stream = container.add_stream(codec, rate=25, width=64, height=64, pix_fmt="yuv420p")
         for i in range(75):
             container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 3 * i, np.uint8), format="rgb24"))
+                stream.encode(
+                    av.VideoFrame.from_ndarray(
+                        np.full((64, 64, 3), 3 * i, np.uint8), format="rgb24"
+                    )
+                )
             )
         container.mux(stream.encode())
     config = InputConfig(image_size=64, video_crops=1)
@@ -452,12 +529,15 @@ def test_gif(tmp_path, durations):
 def test_video_batches_and_crops():
     films = rng.integers(0, 255, (300, 6, 32, 32, 3), dtype=np.uint8)
     x = load_video((films, 6), SMALL)
-    assert x.shape == (300, 3, 3, 2, 32, 32) and torch.equal(x[299:], load_video((films[299], 6), SMALL))
+    assert x.shape == (300, 3, 3, 2, 32, 32) and torch.equal(
+        x[299:], load_video((films[299], 6), SMALL)
+    )
     assert torch.equal(x[7, 1, :, 0], load_image(films[7, 2], SMALL)[0])
     wide = load_video((films[0, :, :16], 6), InputConfig(image_size=16))
     assert wide.shape == (1, 15, 3, 2, 16, 16)
     left, centre, right = (
-        load_image(films[0, 0, :16, start : start + 16], InputConfig(image_size=16))[0] for start in (0, 8, 16)
+        load_image(films[0, 0, :16, start : start + 16], InputConfig(image_size=16))[0]
+        for start in (0, 8, 16)
     )
     assert all(torch.equal(wide[0, i, :, 0], crop) for i, crop in enumerate((left, centre, right)))
 
@@ -501,7 +581,20 @@ def cloud_file(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["npy", "npy64", "npz", "pt", "xyz", "csv", "pts", "pcd ascii", "pcd binary", "ply ascii", "ply binary"]
+    "kind",
+    [
+        "npy",
+        "npy64",
+        "npz",
+        "pt",
+        "xyz",
+        "csv",
+        "pts",
+        "pcd ascii",
+        "pcd binary",
+        "ply ascii",
+        "ply binary",
+    ],
 )
 def test_cloud_formats(tmp_path, kind):
     path = (
@@ -528,17 +621,24 @@ def test_obj_cloud_without_faces(tmp_path):
 
 
 def test_number_of_points():
-    many = load_point(np.arange(3000.0).reshape(1000, 3), InputConfig(points=100, point_normalize=False))
+    many = load_point(
+        np.arange(3000.0).reshape(1000, 3), InputConfig(points=100, point_normalize=False)
+    )
     few = load_point(np.arange(30.0).reshape(10, 3), InputConfig(points=100, point_normalize=False))
     assert many.shape == few.shape == (1, 100, 3)
     assert len(many[0].unique(dim=0)) == 100 and len(few[0].unique(dim=0)) == 10
     assert torch.equal(
-        many, load_point(np.arange(3000.0).reshape(1000, 3), InputConfig(points=100, point_normalize=False))
+        many,
+        load_point(
+            np.arange(3000.0).reshape(1000, 3), InputConfig(points=100, point_normalize=False)
+        ),
     )
 
 
 @settings(max_examples=30, deadline=None)
-@given(hnp.arrays(np.float64, st.tuples(st.integers(1, 40), st.just(3)), elements=st.floats(-1e6, 1e6)))
+@given(
+    hnp.arrays(np.float64, st.tuples(st.integers(1, 40), st.just(3)), elements=st.floats(-1e6, 1e6))
+)
 def test_any_cloud_fits_the_unit_ball(cloud):
     try:
         x = load_point(cloud, SMALL)
@@ -595,9 +695,14 @@ def test_exr_is_refused(tmp_path, monkeypatch):
 
 def test_depth_formula():
     config = InputConfig(image_size=2, depth_scale=1.0)
-    x = load_depth(np.array([[1.0, 2.0], [0.0, 0.1]]), config) * config.depth_std + config.depth_mean
+    x = (
+        load_depth(np.array([[1.0, 2.0], [0.0, 0.1]]), config) * config.depth_std
+        + config.depth_mean
+    )
     disparity = 0.075 * 518.857901
-    assert torch.allclose(x[0, 0], torch.tensor([[disparity / 75, disparity / 150], [0, 1]]), atol=1e-6)
+    assert torch.allclose(
+        x[0, 0], torch.tensor([[disparity / 75, disparity / 150], [0, 1]]), atol=1e-6
+    )
 
 
 def test_thermal_sources(tmp_path):
@@ -609,7 +714,8 @@ def test_thermal_sources(tmp_path):
     assert (load_thermal([tmp_path / "t.png", tmp_path / "t.npy"], SMALL) - x).abs().max() < 2e-4
     relative = rng.integers(0, 255, (32, 32), dtype=np.uint8)
     assert torch.equal(
-        load_thermal(relative, SMALL), load_thermal(Image.fromarray(np.stack([relative] * 3, -1)), SMALL)
+        load_thermal(relative, SMALL),
+        load_thermal(Image.fromarray(np.stack([relative] * 3, -1)), SMALL),
     )
 
 
@@ -633,7 +739,13 @@ def imu_csv(motion, times=None, names=("ax", "ay", "az", "gx", "gy", "gz")):
 def test_imu_sources():
     motion, times = rng.normal(size=(6, 64)), np.arange(64) / 64
     x = torch.tensor(motion, dtype=torch.float32)[None]
-    for source in (motion, (motion, 64), imu_csv(motion), imu_csv(motion, times), imu_csv(motion, times + 1e9)):
+    for source in (
+        motion,
+        (motion, 64),
+        imu_csv(motion),
+        imu_csv(motion, times),
+        imu_csv(motion, times + 1e9),
+    ):
         assert (load_imu(source, SMALL) - x).abs().max() < 1e-5
     shuffled = imu_csv(motion[[5, 4, 3, 2, 1, 0]], times, ("gz", "gy", "gx", "az", "ay", "ax"))
     assert (load_imu(shuffled, SMALL) - x).abs().max() < 1e-5

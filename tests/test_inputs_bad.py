@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from limits import within
 from PIL import Image
 
-from ibllm.inputs import InputConfig, Processor, load_text
-from limits import within
+from ibllm.config import InputConfig
+from ibllm.inputs.processor import Processor
+from ibllm.inputs.text import load_text
 
 torch.set_num_threads(1)
 FILES = Path(__file__).parent / "golden" / "preprocess" / "files"
 PNG, WAV, MP4, NPY = (
-    (FILES / f).read_bytes() for f in ("landscape.png", "mono_16k_7s.wav", "clip_6400ms.mp4", "cloud.npy")
+    (FILES / f).read_bytes()
+    for f in ("landscape.png", "mono_16k_7s.wav", "clip_6400ms.mp4", "cloud.npy")
 )
 NOISE = np.random.default_rng(1).bytes(200_000)
 PROCESSOR = Processor(InputConfig(image_size=32))
@@ -29,7 +32,9 @@ PROCESSOR = Processor(InputConfig(image_size=32))
 
 def png(width, height):
     "A small file that claims any size."
-    part = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    part = lambda kind, data: (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
     return (
         b"\x89PNG\r\n\x1a\n"
         + part(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
@@ -39,7 +44,9 @@ def png(width, height):
 
 
 def wav(claim, rate=16_000, channels=1, samples=1000):
-    head = struct.pack("<IHHIIHH", 16, 1, channels, rate, rate * channels * 2 % 2**32, channels * 2, 16)
+    head = struct.pack(
+        "<IHHIIHH", 16, 1, channels, rate, rate * channels * 2 % 2**32, channels * 2, 16
+    )
     return (
         b"RIFF"
         + struct.pack("<I", (claim + 36) % 2**32)
@@ -105,8 +112,9 @@ def pt(value):
 
 PLY = b"ply\nformat %s 1.0\nelement vertex %d\nproperty float x\nproperty float y\nproperty float z\n%send_header\n"
 PCD = b"VERSION 0.7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nWIDTH 9\nHEIGHT 1\nPOINTS %d\nDATA %s\n"
-PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile://%s\n#EXT-X-ENDLIST\n" % os.fsencode(
-    FILES / "clip_6400ms.mp4"
+PLAYLIST = (
+    b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile://%s\n#EXT-X-ENDLIST\n"
+    % os.fsencode(FILES / "clip_6400ms.mp4")
 )
 CONCAT = b"ffconcat version 1.0\nfile %s\n" % os.fsencode(FILES / "clip_6400ms.mp4")
 GIF = b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\2"
@@ -211,7 +219,12 @@ CASES = {
         (PLY % (b"ascii", 10**11, b"") + b"1 2 3\n", "cut off"),
         (PLY % (b"binary_little_endian", 10**11, b"") + bytes(9), "ply format"),
         (
-            PLY % (b"binary_little_endian", 3, b"element face 4000000000\nproperty list uchar int vertex_indices\n")
+            PLY
+            % (
+                b"binary_little_endian",
+                3,
+                b"element face 4000000000\nproperty list uchar int vertex_indices\n",
+            )
             + bytes(36),
             "cut off",
         ),
@@ -296,14 +309,20 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("modality,number", [(m, i) for m, cases in CASES.items() for i in range(len(cases))])
+@pytest.mark.parametrize(
+    "modality,number", [(m, i) for m, cases in CASES.items() for i in range(len(cases))]
+)
 def test_bad_source(modality, number, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     source, expected = CASES[modality][number]
     with within(), warnings.catch_warnings(), pytest.raises(ValueError) as failure:
         warnings.simplefilter("error")
         PROCESSOR(modality, source)
-    assert expected in str(failure.value) and "\n" not in str(failure.value) and len(str(failure.value)) < 300
+    assert (
+        expected in str(failure.value)
+        and "\n" not in str(failure.value)
+        and len(str(failure.value)) < 300
+    )
     assert not any(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
 
 
@@ -327,7 +346,11 @@ def test_bad_file_is_named(modality, tmp_path):
     for wrong in (None, 5, {}, (path, 5, 5)):
         with pytest.raises((TypeError, ValueError)) as failure:
             PROCESSOR(modality, wrong)
-        assert "\n" not in str(failure.value) and "expected" in str(failure.value) or "give" in str(failure.value)
+        assert (
+            "\n" not in str(failure.value)
+            and "expected" in str(failure.value)
+            or "give" in str(failure.value)
+        )
 
 
 @pytest.mark.parametrize("modality", CASES)
@@ -394,4 +417,10 @@ def test_config_errors():
 
 
 def test_a_wave_of_unknown_length_is_read():
-    assert PROCESSOR("audio", wav(2**32 - 1)[:4] + b"\xff" * 4 + wav(2**32 - 1)[8:]).shape == (1, 3, 1, 128, 204)
+    assert PROCESSOR("audio", wav(2**32 - 1)[:4] + b"\xff" * 4 + wav(2**32 - 1)[8:]).shape == (
+        1,
+        3,
+        1,
+        128,
+        204,
+    )

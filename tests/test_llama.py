@@ -1,4 +1,5 @@
 "The gated injection on LLaMA and on decoders with grouped heads, biases and sliding windows."
+
 import copy
 import threading
 import warnings
@@ -7,19 +8,39 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
-from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
-                          Qwen2Config, Qwen2ForCausalLM)
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ibllm.llama import GatedInjection, enable_injection, merged
 
-SIZES = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
-             initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SIZES = dict(
+    vocab_size=61,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    initializer_range=0.3,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 DECODERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "llama grouped, wide heads": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=3, head_dim=8)),
+    "llama grouped, wide heads": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES, num_key_value_heads=3, head_dim=8)
+    ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=None)),
+    "mistral": lambda: MistralForCausalLM(
+        MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=None)
+    ),
 }
 
 
@@ -27,7 +48,8 @@ def make(name, seed=0):
     torch.manual_seed(seed)
     llm = DECODERS[name]().eval().requires_grad_(False)
     for p_name, p in llm.named_parameters():
-        if p_name.endswith("bias"): p.data.normal_()
+        if p_name.endswith("bias"):
+            p.data.normal_()
     return llm
 
 
@@ -39,7 +61,8 @@ def open_injection(layers=None):
 
 
 @pytest.fixture(params=DECODERS, ids=lambda name: name.replace(" ", "_"))
-def name(request): return request.param
+def name(request):
+    return request.param
 
 
 IDS = torch.randint(3, 61, (3, 7), generator=torch.Generator().manual_seed(1))
@@ -55,12 +78,14 @@ def logits_by_hand(llm, ids, injection, bind):
     future = torch.full((ids.shape[1],) * 2, float("-inf")).triu(1)
     for index, layer in enumerate(model.layers):
         attention, normed = layer.self_attn, layer.input_layernorm(x)
-        q, k, v = (p(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-                   for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (
+            p(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         groups = q.shape[1] // k.shape[1]
         q, k = apply_rotary_pos_emb(q, k, *rotary)
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
-        heads = torch.softmax(q @ k.mT * attention.head_dim ** -0.5 + future, dim=-1) @ v
+        heads = torch.softmax(q @ k.mT * attention.head_dim**-0.5 + future, dim=-1) @ v
         if index >= skipped:
             row = index - skipped
             value = (bind + injection.queries[row]) @ attention.v_proj.weight.T
@@ -101,27 +126,40 @@ def test_left_padded_row_equals_batch_of_one(name):
     together = llm.generate(IDS * mask, attention_mask=mask, gated_values=values, **options)
     for row, start in enumerate((0, 3, 0)):
         one = slice(row, row + 1)
-        alone = llm.generate(IDS[one, start:], attention_mask=MASK[one, start:], gated_values=values[one], **options)
-        assert torch.equal(together[row, 7:], alone[0, 7 - start:])
+        alone = llm.generate(
+            IDS[one, start:], attention_mask=MASK[one, start:], gated_values=values[one], **options
+        )
+        assert torch.equal(together[row, 7:], alone[0, 7 - start :])
 
 
 @torch.no_grad()
 def test_cached_generation_equals_full_recomputation(name):
     llm = enable_injection(make(name))
-    values, options = open_injection().gated_values(BIND, llm), dict(max_new_tokens=8, min_new_tokens=8)
+    values, options = (
+        open_injection().gated_values(BIND, llm),
+        dict(max_new_tokens=8, min_new_tokens=8),
+    )
     cached = llm.generate(IDS, attention_mask=MASK, gated_values=values, **options)
-    assert torch.equal(cached, llm.generate(IDS, attention_mask=MASK, gated_values=values, use_cache=False, **options))
+    assert torch.equal(
+        cached,
+        llm.generate(IDS, attention_mask=MASK, gated_values=values, use_cache=False, **options),
+    )
     assert not torch.equal(cached, llm.generate(IDS, attention_mask=MASK, **options))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.06)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.06)], ids=str
+)
 @pytest.mark.parametrize("cached", [True, False], ids=["cache", "no_cache"])
 def test_one_request_equals_its_row_of_eight(name, dtype, tolerance, cached):
     """Eight prompts of length 2 to 9, padded on the left, read to the end and then six more tokens, with and without
     the cache of keys and values: the same logits as alone, relative to their spread."""
     llm, draw = enable_injection(make(name).to(dtype)), torch.Generator().manual_seed(5)
-    ids, more = torch.randint(3, 61, (8, 9), generator=draw), torch.randint(3, 61, (8, 6), generator=draw)
+    ids, more = (
+        torch.randint(3, 61, (8, 9), generator=draw),
+        torch.randint(3, 61, (8, 6), generator=draw),
+    )
     mask = (torch.arange(9) >= torch.arange(8)[:, None]).long()
     values = open_injection().gated_values(torch.randn(8, 24, generator=draw), llm)
 
@@ -130,15 +168,27 @@ def test_one_request_equals_its_row_of_eight(name, dtype, tolerance, cached):
         prompt, seen = ids[row, start:], mask[row, start:]
         positions = (seen.cumsum(1) - 1).clamp(min=0)
         if not cached:
-            whole, everything = torch.cat([prompt, more[row]], 1), torch.cat([seen, torch.ones_like(more[row])], 1)
+            whole, everything = (
+                torch.cat([prompt, more[row]], 1),
+                torch.cat([seen, torch.ones_like(more[row])], 1),
+            )
             positions = (everything.cumsum(1) - 1).clamp(min=0)
-            return llm(whole, attention_mask=everything, position_ids=positions, **inside).logits[:, -7:].float()
+            return (
+                llm(whole, attention_mask=everything, position_ids=positions, **inside)
+                .logits[:, -7:]
+                .float()
+            )
         output = llm(prompt, attention_mask=seen, position_ids=positions, use_cache=True, **inside)
         steps = [output.logits[:, -1:]]
         for i in range(6):
             seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
-            output = llm(more[row, i:i + 1], attention_mask=seen, position_ids=seen.sum(1, keepdim=True) - 1,
-                         past_key_values=output.past_key_values, **inside)
+            output = llm(
+                more[row, i : i + 1],
+                attention_mask=seen,
+                position_ids=seen.sum(1, keepdim=True) - 1,
+                past_key_values=output.past_key_values,
+                **inside,
+            )
             steps.append(output.logits)
         return torch.cat(steps, 1).float()
 
@@ -156,18 +206,31 @@ def test_beams_and_several_answers_follow_their_row(name):
     options = dict(max_new_tokens=5, min_new_tokens=5, num_beams=3, num_return_sequences=2)
     together = llm.generate(IDS, attention_mask=MASK, gated_values=values, **options)
     for row in range(3):
-        alone = llm.generate(IDS[row:row + 1], attention_mask=MASK[:1], gated_values=values[row:row + 1], **options)
-        assert torch.equal(together[2 * row:2 * row + 2], alone)
+        alone = llm.generate(
+            IDS[row : row + 1],
+            attention_mask=MASK[:1],
+            gated_values=values[row : row + 1],
+            **options,
+        )
+        assert torch.equal(together[2 * row : 2 * row + 2], alone)
     torch.manual_seed(0)
-    sampled = llm.generate(IDS, attention_mask=MASK, gated_values=values, do_sample=True, num_return_sequences=4,
-                           max_new_tokens=2)
+    sampled = llm.generate(
+        IDS,
+        attention_mask=MASK,
+        gated_values=values,
+        do_sample=True,
+        num_return_sequences=4,
+        max_new_tokens=2,
+    )
     assert sampled.shape == (12, 9)
 
 
 def lora(llm, **options):
     torch.manual_seed(3)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
-    config = LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False, **options)
+    config = LoraConfig(
+        r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False, **options
+    )
     return get_peft_model(llm, config)
 
 
@@ -178,18 +241,29 @@ def test_lora_does_not_touch_the_injected_values(name, enable_first):
     llm = lora(enable_injection(bare)) if enable_first else enable_injection(lora(bare))
     assert torch.equal(injection.gated_values(BIND, llm), expected)
     with_lora = llm(IDS, gated_values=expected).logits
-    with llm.disable_adapter(): without_lora = llm(IDS, gated_values=expected).logits
+    with llm.disable_adapter():
+        without_lora = llm(IDS, gated_values=expected).logits
     assert not torch.allclose(with_lora, without_lora, atol=0.1)
-    assert torch.allclose(without_lora, enable_injection(make(name))(IDS, gated_values=expected).logits, atol=1e-5)
+    assert torch.allclose(
+        without_lora, enable_injection(make(name))(IDS, gated_values=expected).logits, atol=1e-5
+    )
     values = expected.detach()
-    beams = llm.generate(input_ids=IDS, attention_mask=MASK, gated_values=values, max_new_tokens=2, num_beams=2)
+    beams = llm.generate(
+        input_ids=IDS, attention_mask=MASK, gated_values=values, max_new_tokens=2, num_beams=2
+    )
     assert beams.shape[0] == 3
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # old releases know no other name
+@pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing_enable`:FutureWarning"
+)  # old releases know no other name
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_what_learns_and_nothing_else(checkpointing):
-    llm, injection, bind = lora(enable_injection(make("qwen2"))), open_injection(), BIND.clone().requires_grad_()
+    llm, injection, bind = (
+        lora(enable_injection(make("qwen2"))),
+        open_injection(),
+        BIND.clone().requires_grad_(),
+    )
 
     def gradients():
         llm.zero_grad(), injection.zero_grad()
@@ -213,7 +287,8 @@ def test_merged_lora_is_refused():
         open_injection().gated_values(BIND, llm)
 
 
-def adapters(llm): return {name: layer for name, layer in llm.named_modules() if hasattr(layer, "lora_A")}
+def adapters(llm):
+    return {name: layer for name, layer in llm.named_modules() if hasattr(layer, "lora_A")}
 
 
 @torch.no_grad()
@@ -222,8 +297,11 @@ def test_lora_can_be_merged_for_a_while():
     values = injection.gated_values(BIND, llm)
     expected, before = llm(IDS, gated_values=values).logits, copy.deepcopy(llm.state_dict())
     with pytest.raises(KeyError), merged(llm) as same:
-        with merged(llm): pass
-        assert same is llm and all(layer.merged != name.endswith("v_proj") for name, layer in adapters(llm).items())
+        with merged(llm):
+            pass
+        assert same is llm and all(
+            layer.merged != name.endswith("v_proj") for name, layer in adapters(llm).items()
+        )
         assert torch.equal(injection.gated_values(BIND, llm), values)
         assert torch.allclose(llm(IDS, gated_values=values).logits, expected, atol=1e-4)
         raise KeyError("whatever goes wrong inside")
@@ -236,19 +314,30 @@ def test_lora_can_be_merged_for_a_while():
 @pytest.mark.parametrize("kind", ["tied", "dora", "lora_bias", "two adapters", "disabled"])
 def test_whatever_is_merged_speaks_as_before_and_is_put_back(kind):
     torch.manual_seed(0)
-    llm = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=kind == "tied")).eval()
+    llm = LlamaForCausalLM(
+        LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=kind == "tied")
+    ).eval()
     options = {"dora": dict(use_dora=True), "lora_bias": dict(lora_bias=True)}.get(kind, {})
-    targets = ["q_proj", "k_proj", "o_proj", *(["embed_tokens", "lm_head"] if kind == "tied" else [])]
-    config = LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False, **options)
+    targets = [
+        "q_proj",
+        "k_proj",
+        "o_proj",
+        *(["embed_tokens", "lm_head"] if kind == "tied" else []),
+    ]
+    config = LoraConfig(
+        r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False, **options
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                        # of the weight that two layers share
+        warnings.simplefilter("ignore")  # of the weight that two layers share
         llm = get_peft_model(llm, config)
     if kind == "two adapters":
         llm.add_adapter("second", config)
         llm.base_model.set_adapter(["default", "second"])
-    if kind == "disabled": llm.base_model.disable_adapter_layers()
+    if kind == "disabled":
+        llm.base_model.disable_adapter_layers()
     expected, before = llm(IDS).logits, copy.deepcopy(llm.state_dict())
-    with merged(llm): assert torch.allclose(llm(IDS).logits, expected, atol=1e-4)
+    with merged(llm):
+        assert torch.allclose(llm(IDS).logits, expected, atol=1e-4)
     assert all(torch.equal(p, before[n]) for n, p in llm.state_dict().items())
     assert torch.equal(llm(IDS).logits, expected)
 
@@ -259,19 +348,28 @@ def test_offloaded_weights_are_read_and_not_merged():
     values = injection.gated_values(BIND, llm)
     expected = llm(IDS, gated_values=values).logits
     cpu_offload(llm.get_base_model(), execution_device=torch.device("cpu"))
-    assert adapters(llm)["base_model.model.model.layers.0.self_attn.v_proj"].get_base_layer().bias.is_meta
+    assert (
+        adapters(llm)["base_model.model.model.layers.0.self_attn.v_proj"]
+        .get_base_layer()
+        .bias.is_meta
+    )
     assert torch.allclose(injection.gated_values(BIND, llm), values, atol=1e-6)
-    with merged(llm): assert torch.allclose(llm(IDS, gated_values=values).logits, expected, atol=1e-5)
+    with merged(llm):
+        assert torch.allclose(llm(IDS, gated_values=values).logits, expected, atol=1e-5)
 
 
 @torch.no_grad()
 def test_threads_do_not_see_each_other():
     llm = enable_injection(make("llama"))
     values = open_injection().gated_values(BIND, llm)
-    expected, results = [llm(IDS[i:i + 1], gated_values=values[i:i + 1]).logits for i in range(3)], {}
+    expected, results = (
+        [llm(IDS[i : i + 1], gated_values=values[i : i + 1]).logits for i in range(3)],
+        {},
+    )
 
     def work(i):
-        for _ in range(20): results[i] = torch.no_grad()(llm)(IDS[i:i + 1], gated_values=values[i:i + 1]).logits
+        for _ in range(20):
+            results[i] = torch.no_grad()(llm)(IDS[i : i + 1], gated_values=values[i : i + 1]).logits
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
     [t.start() for t in threads], [t.join() for t in threads]
@@ -297,7 +395,10 @@ def test_copies_and_repeated_enabling_are_independent():
     twin.lm_head.weight.zero_()
     assert torch.equal(llm(IDS, gated_values=values).logits, expected)
     assert not twin(IDS, gated_values=values).logits.any()
-    assert twin.generate(IDS, attention_mask=MASK, gated_values=values, max_new_tokens=1).shape == (3, 8)
+    assert twin.generate(IDS, attention_mask=MASK, gated_values=values, max_new_tokens=1).shape == (
+        3,
+        8,
+    )
 
 
 @torch.no_grad()
@@ -311,12 +412,15 @@ def test_bfloat16_model_with_float32_adapter():
 
 
 def test_misspelt_arguments_are_still_refused():
-    with pytest.raises(ValueError, match="gated_vales"): enable_injection(make("llama")).generate(IDS, gated_vales=BIND)
+    with pytest.raises(ValueError, match="gated_vales"):
+        enable_injection(make("llama")).generate(IDS, gated_vales=BIND)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 6, 4), (3, 3, 5, 4), (3, 3, 6, 8), (3, 6, 4)])
 def test_wrong_shapes_are_refused(shape):
-    with pytest.raises(ValueError, match="^gated_values: got shape .*, wants \\(3, layers, 6, 4\\)$"):
+    with pytest.raises(
+        ValueError, match="^gated_values: got shape .*, wants \\(3, layers, 6, 4\\)$"
+    ):
         enable_injection(make("llama"))(IDS, gated_values=torch.ones(shape))
 
 
@@ -327,4 +431,5 @@ def test_more_rows_than_layers_are_refused():
 
 @pytest.mark.parametrize("layers", [0, 4, -1])
 def test_wrong_number_of_layers_is_refused(layers):
-    with pytest.raises(ValueError, match=f"^layers: got {layers}, wants 1 to 3"): GatedInjection(24, 3, 6, layers)
+    with pytest.raises(ValueError, match=f"^layers: got {layers}, wants 1 to 3"):
+        GatedInjection(24, 3, 6, layers)

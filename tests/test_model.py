@@ -1,4 +1,5 @@
 "The joined model: mixing and prompts against recorded values, requests, streaming, saving, and every error."
+
 import json
 import math
 import threading
@@ -12,15 +13,32 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
-from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
-                          StoppingCriteria)
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StoppingCriteria,
+)
 
 import ibllm
-from ibllm.cache import VisualCache, Whitening, encoder_fingerprint
-from ibllm.encoders import AudioConfig, ImageBind, ImageBindConfig, IMUConfig, TextConfig, VisionConfig
-from ibllm.inputs import InputConfig
+from ibllm.cache import VisualCache, Whitening
+from ibllm.config import (
+    AudioConfig,
+    BindConfig,
+    CacheConfig,
+    ImageBindConfig,
+    IMUConfig,
+    InputConfig,
+    ModelConfig,
+    PromptTemplate,
+    TextConfig,
+    VisionConfig,
+)
+from ibllm.encoders import ImageBind, encoder_fingerprint
 from ibllm.llama import base_model
-from ibllm.model import BindConfig, CacheConfig, ImageBindLLM, ModelConfig, PromptTemplate, load, mix
+from ibllm.model import ImageBindLLM, load, mix
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -39,22 +57,52 @@ SIZE = len(tokenizer())
 
 def config():
     small = dict(width=16, blocks=1, heads=2)
-    towers = dict(vision=VisionConfig(**small, size=(32, 32), kernel=16, stride=16),
-                  text=TextConfig(**small, vocabulary=SIZE, context=12), audio=AudioConfig(**small, size=(32, 32)),
-                  imu=IMUConfig(**small, samples=64), point=None, depth=None, thermal=None)
-    inputs = InputConfig(image_size=32, audio_mel_bins=32, audio_frames=32, audio_rate=8000, text_length=12,
-                         imu_samples=64, imu_seconds=1.0)
-    return ModelConfig(ImageBindConfig(feature_dim=24, **towers), inputs, BindConfig(num_blocks=1),
-                       template=PromptTemplate("{instruction}", "{instruction} {context}"), cache=CacheConfig(k=5))
+    towers = dict(
+        vision=VisionConfig(**small, size=(32, 32), kernel=16, stride=16),
+        text=TextConfig(**small, vocabulary=SIZE, context=12),
+        audio=AudioConfig(**small, size=(32, 32)),
+        imu=IMUConfig(**small, samples=64),
+        point=None,
+        depth=None,
+        thermal=None,
+    )
+    inputs = InputConfig(
+        image_size=32,
+        audio_mel_bins=32,
+        audio_frames=32,
+        audio_rate=8000,
+        text_length=12,
+        imu_samples=64,
+        imu_seconds=1.0,
+    )
+    return ModelConfig(
+        ImageBindConfig(feature_dim=24, **towers),
+        inputs,
+        BindConfig(num_blocks=1),
+        template=PromptTemplate("{instruction}", "{instruction} {context}"),
+        cache=CacheConfig(k=5),
+    )
 
 
 def make_model(kind="llama", **options):
     torch.manual_seed(0)
-    sizes = dict(vocab_size=SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, initializer_range=0.4, max_position_embeddings=48, pad_token_id=0,
-                 bos_token_id=1, eos_token_id=SIZE - 1)
-    if kind == "llama": llm = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True))
-    else: llm = Qwen2ForCausalLM(Qwen2Config(**sizes))
+    sizes = dict(
+        vocab_size=SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.4,
+        max_position_embeddings=48,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=SIZE - 1,
+    )
+    if kind == "llama":
+        llm = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True))
+    else:
+        llm = Qwen2ForCausalLM(Qwen2Config(**sizes))
     llm.generation_config.max_new_tokens = 6
     model = ImageBindLLM(config(), llm, tokenizer(), text_tokenizer=tokenizer(), **options)
     torch.nn.init.normal_(model.injection.gates)
@@ -62,15 +110,23 @@ def make_model(kind="llama", **options):
 
 
 @pytest.fixture(scope="module")
-def model(): return make_model()
+def model():
+    return make_model()
 
 
 @pytest.fixture(scope="module")
-def cached(): return make_model(cache=VisualCache.build(features(30, seed=1)))
+def cached():
+    return make_model(cache=VisualCache.build(features(30, seed=1)))
 
 
-def image(seed=0): return np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-def sound(seed=0): return np.random.default_rng(seed).uniform(-1, 1, 8000).astype(np.float32)
+def image(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+
+
+def sound(seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, 8000).astype(np.float32)
+
+
 def features(n, seed=0):
     return F.normalize(torch.randn(n, 24, generator=torch.Generator().manual_seed(seed)), dim=1)
 
@@ -82,19 +138,27 @@ CACHE_META = json.loads((GOLDEN / "cache_tiny/meta.json").read_text())
 
 @pytest.mark.parametrize("entry", CACHE_META["mixes"], ids=lambda entry: f"mix{entry['mix']}")
 def test_recorded_mixtures(entry):
-    inputs, outputs = (load_file(GOLDEN / f"cache_tiny/{name}.safetensors") for name in ("inputs", "outputs"))
+    inputs, outputs = (
+        load_file(GOLDEN / f"cache_tiny/{name}.safetensors") for name in ("inputs", "outputs")
+    )
     weights = {name.lower(): weight for name, weight in entry.items() if name != "mix"}
     mixed = mix([inputs[f"mix/{name}"] for name in weights], list(weights.values()))
     assert torch.allclose(mixed[0], outputs[f"mix{entry['mix']}/plain"], **CACHE_META["tolerance"])
     enhanced = VisualCache.load(GOLDEN / "cache_tiny/knn.index").enhance(mixed)
-    assert torch.allclose(enhanced[0], outputs[f"mix{entry['mix']}/enhanced"], **CACHE_META["tolerance"])
+    assert torch.allclose(
+        enhanced[0], outputs[f"mix{entry['mix']}/enhanced"], **CACHE_META["tolerance"]
+    )
 
 
-@pytest.mark.parametrize("case", json.loads((GOLDEN / "prompts/prompts.json").read_text()), ids=range(3))
-def test_alpaca_prompts(case): assert PromptTemplate()(case["instruction"], case["input"]) == case["prompt"]
+@pytest.mark.parametrize(
+    "case", json.loads((GOLDEN / "prompts/prompts.json").read_text()), ids=range(3)
+)
+def test_alpaca_prompts(case):
+    assert PromptTemplate()(case["instruction"], case["input"]) == case["prompt"]
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
+
 
 def test_pixels_survive_every_way_in(model):
     one = model.embed({"image": image()})["image"]
@@ -110,7 +174,9 @@ def test_arrays_with_a_rate_are_no_weighted_pairs(model):
 
 
 def test_weights_change_the_mixture_and_zero_leaves_out(model):
-    def mixture(a, b): return model.prepare({"image": (image(), a), "audio": ((sound(), 8000), b)})
+    def mixture(a, b):
+        return model.prepare({"image": (image(), a), "audio": ((sound(), 8000), b)})
+
     assert not torch.allclose(mixture(1, 1), mixture(1, 2), atol=1e-3)
     assert torch.allclose(mixture(1, 1), mixture(7, 7), atol=1e-5)
     assert torch.allclose(mixture(1, 0), model.embed({"image": image()})["image"], atol=1e-5)
@@ -120,8 +186,13 @@ def test_weights_change_the_mixture_and_zero_leaves_out(model):
 def test_batches_equal_single_requests(cached):
     pictures = [image(i) for i in range(3)]
     prompts = ["what is this ?", "describe it", "describe the sound of the bell"]
-    together = cached.generate({"image": pictures, "audio": [(sound(i), 8000) for i in range(3)]}, prompts)
-    alone = [cached.generate({"image": p, "audio": (sound(i), 8000)}, prompts[i])[0] for i, p in enumerate(pictures)]
+    together = cached.generate(
+        {"image": pictures, "audio": [(sound(i), 8000) for i in range(3)]}, prompts
+    )
+    alone = [
+        cached.generate({"image": p, "audio": (sound(i), 8000)}, prompts[i])[0]
+        for i, p in enumerate(pictures)
+    ]
     assert together == alone and len(set(alone)) > 1
     one_prompt = [cached.generate({"image": p}, "describe it")[0] for p in pictures]
     one_picture = [cached.generate({"image": image()}, p)[0] for p in prompts]
@@ -149,21 +220,27 @@ def test_input_changes_the_answer(model):
 def test_scale_goes_from_the_language_model_alone_to_the_trained_model(model):
     alone, whole = (model.gated_values(features(2), scale) for scale in (0, 1))
     assert not alone.any() and torch.equal(whole, model.gated_values(features(2)))
-    torch.testing.assert_close(model.gated_values(features(2), 2.), 2 * whole)
+    torch.testing.assert_close(model.gated_values(features(2), 2.0), 2 * whole)
     source = {"image": image()}
-    answers = [model.generate(source, "what is this ?", scale=scale)[0] for scale in (0, 1, 2.)]
-    assert answers[:2] == [model.generate(source if s else None, "what is this ?")[0] for s in (0, 1)]
-    assert "".join(model.stream(source, "what is this ?", scale=2.)).strip() == answers[2]
+    answers = [model.generate(source, "what is this ?", scale=scale)[0] for scale in (0, 1, 2.0)]
+    assert answers[:2] == [
+        model.generate(source if s else None, "what is this ?")[0] for s in (0, 1)
+    ]
+    assert "".join(model.stream(source, "what is this ?", scale=2.0)).strip() == answers[2]
     with pytest.raises(ValueError, match="scale: got nan, wants a finite number"):
         model.answer(features(1), "what ?", math.nan)
 
 
 def test_generate_options_pass_through(model):
-    assert len(model.answer(features(2), "what is this ?", num_beams=3, num_return_sequences=3)) == 6
+    assert (
+        len(model.answer(features(2), "what is this ?", num_beams=3, num_return_sequences=3)) == 6
+    )
     assert len(model.answer(features(1), "what is this ?", max_new_tokens=1)[0].split()) <= 1
+
     def sample(seed):
         torch.manual_seed(seed)
         return model.answer(features(1), "what is this ?", do_sample=True, temperature=2.0)
+
     assert sample(1) == sample(1) and len({sample(i)[0] for i in range(5)}) > 1
     plain = model.answer(features(1), "what is this ?")
     assert model.answer(features(1), "what is this ?", return_dict_in_generate=True) == plain
@@ -176,7 +253,9 @@ def test_answers_stay_in_the_context(model):
 
 def test_context_of_a_prompt(model):
     ids = model.tokenize([("describe", "the bell"), "what is this ?"])
-    assert model.tokenizer.decode(ids["input_ids"][0], skip_special_tokens=True) == "describe the bell"
+    assert (
+        model.tokenizer.decode(ids["input_ids"][0], skip_special_tokens=True) == "describe the bell"
+    )
     assert ids["attention_mask"].sum(1).tolist() == [4, 5]
 
 
@@ -184,17 +263,26 @@ def test_forward_scores_tokens_and_reaches_what_learns(model):
     ids = model.tokenize(["what is this ?"])["input_ids"]
     assert torch.equal(model(ids).logits, model.llm(ids).logits)
     model(ids, features(1), labels=ids).loss.backward()
-    assert all(p.grad is not None for part in (model.bind, model.injection) for p in part.parameters())
+    assert all(
+        p.grad is not None for part in (model.bind, model.injection) for p in part.parameters()
+    )
     model.zero_grad(set_to_none=True)
 
 
 def test_encoder_stays_in_evaluation_mode():
     model = make_model().train()
-    assert model.bind.training and model.llm.training and not any(m.training for m in model.encoder.modules())
+    assert (
+        model.bind.training
+        and model.llm.training
+        and not any(m.training for m in model.encoder.modules())
+    )
 
 
 def test_cache_is_used_unless_switched_off(cached):
-    raw, enhanced = cached.prepare({"image": image()}, cache=False), cached.prepare({"image": image()})
+    raw, enhanced = (
+        cached.prepare({"image": image()}, cache=False),
+        cached.prepare({"image": image()}),
+    )
     assert torch.allclose(enhanced, cached.cache.enhance(raw, k=5))
     assert torch.equal(cached.prepare({"image": image()}, cache=True), enhanced)
     prototype = cached.prepare({"image": image()}, cache=dict(weight=1.0))
@@ -203,19 +291,25 @@ def test_cache_is_used_unless_switched_off(cached):
 
 def test_settings_for_each_row_of_a_request(cached):
     pictures, prompts = [image(0), image(1), image(2)], ["what is this ?"] * 3
-    each = dict(k=[1, 3, 30], temperature=[0., 20., 100.], weight=[0., .5, 1.])
+    each = dict(k=[1, 3, 30], temperature=[0.0, 20.0, 100.0], weight=[0.0, 0.5, 1.0])
     together = cached.prepare({"image": pictures}, each)
-    alone = [cached.prepare({"image": p}, {name: each[name][i] for name in each}) for i, p in enumerate(pictures)]
+    alone = [
+        cached.prepare({"image": p}, {name: each[name][i] for name in each})
+        for i, p in enumerate(pictures)
+    ]
     assert torch.allclose(together, torch.cat(alone), atol=1e-5)
     assert cached.generate({"image": pictures}, prompts, cache=each) == [
         cached.generate({"image": p}, prompts[0], cache={name: each[name][i] for name in each})[0]
-        for i, p in enumerate(pictures)]
+        for i, p in enumerate(pictures)
+    ]
 
 
 def test_settings_for_each_modality(cached):
     one, two = {"image": image()}, {"image": image(), "audio": (sound(), 8000)}
-    settings = dict(k=3, temperature=5., weight=.9)
-    assert torch.allclose(cached.prepare(one, {"image": settings}), cached.prepare(one, settings), atol=1e-5)
+    settings = dict(k=3, temperature=5.0, weight=0.9)
+    assert torch.allclose(
+        cached.prepare(one, {"image": settings}), cached.prepare(one, settings), atol=1e-5
+    )
     raw = cached.embed(two)
     wanted = mix([cached.enhance(raw["image"], settings), cached.enhance(raw["audio"])], [1, 1])
     assert torch.allclose(cached.prepare(two, {"image": settings}), wanted, atol=1e-5)
@@ -223,13 +317,15 @@ def test_settings_for_each_modality(cached):
     weighted = {"image": (image(), 1), "audio": ((sound(), 8000), 3)}
     found = cached.prepare(weighted, {"image": False, "audio": settings})
     assert torch.allclose(found, wanted, atol=1e-5)
-    assert cached.generate(weighted, "what is this ?", cache={"image": False, "audio": settings}) == cached.answer(
-        found, "what is this ?")
+    assert cached.generate(
+        weighted, "what is this ?", cache={"image": False, "audio": settings}
+    ) == cached.answer(found, "what is this ?")
     pieces = cached.stream(weighted, "what is this ?", cache={"image": False, "audio": settings})
     assert "".join(pieces).strip() == cached.answer(found, "what is this ?")[0]
 
 
 # --- whitening --------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def whitened():
@@ -243,13 +339,21 @@ def test_whitening_comes_before_mixture_and_cache(whitened):
     raw = whitened.embed(two)
     moved = whitened.whitenings["audio"](raw["audio"])
     mixed, plain = mix([raw["image"], moved], [1, 1]), mix(list(raw.values()), [1, 1])
-    for cache, wanted in ((None, whitened.enhance(mixed)), (False, plain), (dict(weight=0), F.normalize(mixed, dim=1)),
-                          (dict(whiten=False), whitened.enhance(plain)),
-                          (dict(whiten=False, k=2), whitened.enhance(plain, dict(k=2))),
-                          ({"audio": dict(whiten=False), "image": False},
-                           mix([raw["image"], whitened.enhance(raw["audio"])], [1, 1])),
-                          ({"audio": dict(k=2)}, mix([whitened.enhance(raw["image"]),
-                                                      whitened.enhance(moved, dict(k=2))], [1, 1]))):
+    for cache, wanted in (
+        (None, whitened.enhance(mixed)),
+        (False, plain),
+        (dict(weight=0), F.normalize(mixed, dim=1)),
+        (dict(whiten=False), whitened.enhance(plain)),
+        (dict(whiten=False, k=2), whitened.enhance(plain, dict(k=2))),
+        (
+            {"audio": dict(whiten=False), "image": False},
+            mix([raw["image"], whitened.enhance(raw["audio"])], [1, 1]),
+        ),
+        (
+            {"audio": dict(k=2)},
+            mix([whitened.enhance(raw["image"]), whitened.enhance(moved, dict(k=2))], [1, 1]),
+        ),
+    ):
         assert torch.allclose(whitened.prepare(two, cache), wanted, atol=1e-5), cache
 
 
@@ -265,44 +369,71 @@ def test_whitening_is_off_by_default_and_saved_if_given(whitened, tmp_path):
     assert load(tmp_path).whitenings == {} and not (tmp_path / "whitenings.safetensors").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"nothing", {"audio.mean": torch.ones(24)},
-                                     {f"audio.{name}": torch.ones(3) for name in ("mean", "matrix", "centre")}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"nothing",
+        {"audio.mean": torch.ones(24)},
+        {f"audio.{name}": torch.ones(3) for name in ("mean", "matrix", "centre")},
+    ],
+)
 def test_broken_whitenings_are_refused(content, whitened, tmp_path):
     whitened.save_pretrained(tmp_path)
     path = tmp_path / "whitenings.safetensors"
-    if isinstance(content, bytes): path.write_bytes(content)
-    else: save_file(content, path)
-    with pytest.raises(ValueError, match="whitenings.safetensors' cannot be loaded as whitenings of width 24") as error:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save_file(content, path)
+    with pytest.raises(
+        ValueError, match="whitenings.safetensors' cannot be loaded as whitenings of width 24"
+    ) as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
 
 
 # --- the memory's encoder ---------------------------------------------------------------------------------------------
 
+
 def test_a_memory_of_another_image_tower_is_refused(tmp_path):
-    model, message = make_model(), "^fingerprint: got that of another encoder than the one that made this memory$"
-    known = VisualCache.build(features(9), fingerprint=encoder_fingerprint(model.encoder.tower("image")))
+    model, message = (
+        make_model(),
+        "^fingerprint: got that of another encoder than the one that made this memory$",
+    )
+    known = VisualCache.build(
+        features(9), fingerprint=encoder_fingerprint(model.encoder.tower("image"))
+    )
     unknown = VisualCache.build(features(9))
     torch.manual_seed(7)
     other = ImageBindLLM(config(), model.llm, tokenizer())
-    for cache in (known, unknown, None): model.cache = cache
-    for cache in (unknown, None): other.cache = cache
-    with pytest.raises(ValueError, match=message): other.cache = known
+    for cache in (known, unknown, None):
+        model.cache = cache
+    for cache in (unknown, None):
+        other.cache = cache
+    with pytest.raises(ValueError, match=message):
+        other.cache = known
     assert other.cache is None
     with pytest.raises(ValueError, match=message):
         ImageBindLLM(config(), model.llm, tokenizer(), encoder=other.encoder, cache=known)
-    assert ImageBindLLM(config(), model.llm, tokenizer(), encoder=model.encoder, cache=known).cache is known
+    assert (
+        ImageBindLLM(config(), model.llm, tokenizer(), encoder=model.encoder, cache=known).cache
+        is known
+    )
     other.save_pretrained(tmp_path)
     known.save(tmp_path / "cache.index")
-    with pytest.raises(ValueError, match=message): load(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
     unknown.save(tmp_path / "cache.index")
     assert load(tmp_path).cache.fingerprint == ""
 
 
 def test_the_other_towers_do_not_matter_to_the_memory(tmp_path):
     model = make_model()
-    model.cache = VisualCache.build(features(9), fingerprint=encoder_fingerprint(model.encoder.tower("image")))
-    for p in model.encoder.tower("audio").parameters(): torch.nn.init.normal_(p)
+    model.cache = VisualCache.build(
+        features(9), fingerprint=encoder_fingerprint(model.encoder.tower("image"))
+    )
+    for p in model.encoder.tower("audio").parameters():
+        torch.nn.init.normal_(p)
     model.save_pretrained(tmp_path)
     assert load(tmp_path).cache.fingerprint == model.cache.fingerprint
     assert model.bfloat16().cache is not None
@@ -312,8 +443,10 @@ def test_the_other_towers_do_not_matter_to_the_memory(tmp_path):
 def test_shipped_memory_names_the_shipped_image_tower():
     model = load("toyland")
     assert model.cache.fingerprint == encoder_fingerprint(model.encoder.tower("image")) != ""
-    for p in model.encoder.tower("image").parameters(): p.data.mul_(1.5)
-    with pytest.raises(ValueError, match="^fingerprint: got that of another encoder"): model.cache = model.cache
+    for p in model.encoder.tower("image").parameters():
+        p.data.mul_(1.5)
+    with pytest.raises(ValueError, match="^fingerprint: got that of another encoder"):
+        model.cache = model.cache
 
 
 def test_a_tokenizer_without_padding_gets_one():
@@ -326,22 +459,30 @@ def test_a_tokenizer_without_padding_gets_one():
 
 # --- streaming --------------------------------------------------------------------------------------------------------
 
+
 def test_stream_equals_generate(cached):
     for source in ({}, {"image": image()}, {"audio": (sound(), 8000), "text": "a red ball"}):
         pieces = list(cached.stream(source, "what is this ?", cache=dict(weight=0.2)))
-        assert "".join(pieces).strip() == cached.generate(source, "what is this ?", cache=dict(weight=0.2))[0]
+        assert (
+            "".join(pieces).strip()
+            == cached.generate(source, "what is this ?", cache=dict(weight=0.2))[0]
+        )
         assert all(pieces)
 
 
 def test_abandoned_stream_stops_generating(model):
     class Slow(StoppingCriteria):
         steps = 0
+
         def __call__(self, ids, scores, **_):
             self.steps += 1
             time.sleep(0.01)
             return torch.zeros(len(ids), dtype=torch.bool)
+
     slow, before = Slow(), threading.active_count()
-    pieces = model.stream({}, "describe it", stopping_criteria=[slow], max_new_tokens=40, min_new_tokens=40)
+    pieces = model.stream(
+        {}, "describe it", stopping_criteria=[slow], max_new_tokens=40, min_new_tokens=40
+    )
     next(pieces)
     pieces.close()
     assert slow.steps < 20 and threading.active_count() == before
@@ -349,27 +490,39 @@ def test_abandoned_stream_stops_generating(model):
 
 def test_errors_reach_the_reader(model):
     class Broken(StoppingCriteria):
-        def __call__(self, ids, scores, **_): raise RuntimeError("broken criterion")
+        def __call__(self, ids, scores, **_):
+            raise RuntimeError("broken criterion")
+
     pieces = model.stream({}, "describe it", stopping_criteria=[Broken()])
-    with pytest.raises(RuntimeError, match="broken criterion"): list(pieces)
-    with pytest.raises(ValueError, match="one at a time"): model.stream({"image": [image(), image(1)]}, "describe it")
+    with pytest.raises(RuntimeError, match="broken criterion"):
+        list(pieces)
+    with pytest.raises(ValueError, match="one at a time"):
+        model.stream({"image": [image(), image(1)]}, "describe it")
 
 
 def test_streams_run_side_by_side(model):
-    expected = [model.answer(features(3)[i:i + 1], "what is this ?")[0] for i in range(3)]
-    requests = [model._request(features(3)[i:i + 1], "what is this ?", {}) for i in range(3)]
+    expected = [model.answer(features(3)[i : i + 1], "what is this ?")[0] for i in range(3)]
+    requests = [model._request(features(3)[i : i + 1], "what is this ?", {}) for i in range(3)]
     results = {}
-    def work(i): results[i] = base_model(model.llm).generate(**requests[i])
+
+    def work(i):
+        results[i] = base_model(model.llm).generate(**requests[i])
+
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
     [t.start() for t in threads], [t.join() for t in threads]
-    assert [model.tokenizer.decode(results[i][0, 5:], skip_special_tokens=True).strip() for i in range(3)] == expected
+    assert [
+        model.tokenizer.decode(results[i][0, 5:], skip_special_tokens=True).strip()
+        for i in range(3)
+    ] == expected
 
 
 # --- saving and loading -----------------------------------------------------------------------------------------------
 
+
 def same(a, b):
     ids = a.tokenize(["what is this ?"])["input_ids"]
-    with torch.no_grad(): assert torch.allclose(a(ids, features(1)).logits, b(ids, features(1)).logits, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(a(ids, features(1)).logits, b(ids, features(1)).logits, atol=1e-5)
     source = {"image": image(), "text": "a red ball", "audio": (sound(), 8000)}
     assert torch.allclose(a.prepare(source), b.prepare(source), atol=1e-6) and a.config == b.config
     assert a.generate(source, "what is this ?") == b.generate(source, "what is this ?")
@@ -385,13 +538,19 @@ def test_round_trip(kind, tmp_path):
     assert type(base_model(again.llm)).__name__ == type(model.llm).__name__
     assert again.llm.generation_config.max_new_tokens == 6
     again.save_pretrained(tmp_path / "b")
-    first, second = ({p.relative_to(tmp_path / name): p for p in (tmp_path / name).rglob("*")} for name in "ab")
+    first, second = (
+        {p.relative_to(tmp_path / name): p for p in (tmp_path / name).rglob("*")} for name in "ab"
+    )
     assert first.keys() == second.keys()
     weights = [name for name in first if name.suffix == ".safetensors"]
-    assert len(weights) == 2 and all(first[name].read_bytes() == second[name].read_bytes() for name in weights)
+    assert len(weights) == 2 and all(
+        first[name].read_bytes() == second[name].read_bytes() for name in weights
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}], ids=str
+)
 def test_round_trip_with_lora_keeps_the_bare_value_matrix(options, tmp_path):
     model = make_model(cache=VisualCache.build(features(9)))
     bare = model.llm.model.layers[0].self_attn.v_proj.weight.clone()
@@ -399,11 +558,16 @@ def test_round_trip_with_lora_keeps_the_bare_value_matrix(options, tmp_path):
     lora = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **options)
     model.llm = get_peft_model(model.llm, lora).eval()
     for name, p in model.llm.named_parameters():  # as stage 2 tunes them
-        if "norm" in name or name.endswith("bias") or "modules_to_save" in name: p.data.normal_()
+        if "norm" in name or name.endswith("bias") or "modules_to_save" in name:
+            p.data.normal_()
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
-    assert torch.equal(again.llm.get_base_model().model.layers[0].self_attn.v_proj.base_layer.weight, bare)
-    assert None not in json.loads((tmp_path / "lora/adapter_config.json").read_text()).values()  # older PEFT would warn
+    assert torch.equal(
+        again.llm.get_base_model().model.layers[0].self_attn.v_proj.base_layer.weight, bare
+    )
+    assert (
+        None not in json.loads((tmp_path / "lora/adapter_config.json").read_text()).values()
+    )  # older PEFT would warn
     same(model, again)
 
 
@@ -428,9 +592,13 @@ def test_saving_again_replaces_the_parts_and_nothing_else(tmp_path, cached):
 def test_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
     model = make_model()
     model.save_pretrained(tmp_path)
-    def fail(*_): raise OSError("disk full")
+
+    def fail(*_):
+        raise OSError("disk full")
+
     monkeypatch.setattr(type(model.tokenizer), "save_pretrained", fail)
-    with pytest.raises(OSError, match="disk full"): model.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(tmp_path)
     monkeypatch.undo()
     assert not any(p.name.startswith("tmp") for p in tmp_path.iterdir())
     same(model, load(tmp_path))
@@ -450,69 +618,173 @@ def test_config_defaults_are_the_published_system():
     assert ModelConfig.from_dict({}) == default
 
 
-def test_top_level_names(): assert ibllm.load is load and ibllm.ImageBindLLM is ImageBindLLM
+def test_top_level_names():
+    assert ibllm.load is load and ibllm.ImageBindLLM is ImageBindLLM
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 NAN = torch.full((1, 24), math.nan)
 BAD = {
-    "unknown modality": (lambda m: m.generate({"smell": "x"}, "hi"), ValueError, "modality 'smell'"),
-    "modality this model lacks": (lambda m: m.generate({"thermal": "x"}, "hi"), ValueError, "modality 'thermal'"),
-    "inputs no dict": (lambda m: m.generate("x.png", "hi"), TypeError, "^inputs: got str, wants a dict"),
+    "unknown modality": (
+        lambda m: m.generate({"smell": "x"}, "hi"),
+        ValueError,
+        "modality 'smell'",
+    ),
+    "modality this model lacks": (
+        lambda m: m.generate({"thermal": "x"}, "hi"),
+        ValueError,
+        "modality 'thermal'",
+    ),
+    "inputs no dict": (
+        lambda m: m.generate("x.png", "hi"),
+        TypeError,
+        "^inputs: got str, wants a dict",
+    ),
     "empty list of sources": (lambda m: m.generate({"image": []}, "hi"), ValueError, "empty"),
     "empty tuple": (lambda m: m.generate({"audio": ()}, "hi"), ValueError, "^audio: got a tuple"),
-    "missing file": (lambda m: m.generate({"image": "absent.png"}, "hi"), FileNotFoundError, "absent.png"),
-    "wrong dtype": (lambda m: m.embed({"image": np.ones((4, 4, 3), complex)}), (ValueError, TypeError), "complex"),
-    "wrong shape": (lambda m: m.embed({"audio": (np.ones((1, 1, 1, 8)), 8000)}), ValueError, r"\(1, 1, 1, 8\)"),
-    "NaN in a recording": (lambda m: m.embed({"audio": (np.full(8000, np.nan), 8000)}), ValueError, "(?i)nan"),
-    "negative weight": (lambda m: m.generate({"image": (image(), -1)}, "hi"), ValueError, "^weights: got"),
-    "NaN weight": (lambda m: m.generate({"image": (image(), math.nan)}, "hi"), ValueError, "^weights: got"),
-    "all weights zero": (lambda m: m.generate({"image": (image(), 0)}, "hi"), ValueError, "not all of them 0"),
-    "weight no number": (lambda m: m.generate({"image": (image(), "1")}, "hi"), ValueError, "^image: got a tuple"),
-    "unequal lists": (lambda m: m.generate({"image": [image()] * 2, "audio": (sound(), 8000)}, "hi"), ValueError,
-                      r"^features: got shapes \[\(2, 24\), \(1, 24\)\]"),
-    "prompts for other inputs": (lambda m: m.generate({"image": [image()] * 3}, ["hi"] * 2), ValueError,
-                                 "^prompts: got 2 for 3 inputs"),
+    "missing file": (
+        lambda m: m.generate({"image": "absent.png"}, "hi"),
+        FileNotFoundError,
+        "absent.png",
+    ),
+    "wrong dtype": (
+        lambda m: m.embed({"image": np.ones((4, 4, 3), complex)}),
+        (ValueError, TypeError),
+        "complex",
+    ),
+    "wrong shape": (
+        lambda m: m.embed({"audio": (np.ones((1, 1, 1, 8)), 8000)}),
+        ValueError,
+        r"\(1, 1, 1, 8\)",
+    ),
+    "NaN in a recording": (
+        lambda m: m.embed({"audio": (np.full(8000, np.nan), 8000)}),
+        ValueError,
+        "(?i)nan",
+    ),
+    "negative weight": (
+        lambda m: m.generate({"image": (image(), -1)}, "hi"),
+        ValueError,
+        "^weights: got",
+    ),
+    "NaN weight": (
+        lambda m: m.generate({"image": (image(), math.nan)}, "hi"),
+        ValueError,
+        "^weights: got",
+    ),
+    "all weights zero": (
+        lambda m: m.generate({"image": (image(), 0)}, "hi"),
+        ValueError,
+        "not all of them 0",
+    ),
+    "weight no number": (
+        lambda m: m.generate({"image": (image(), "1")}, "hi"),
+        ValueError,
+        "^image: got a tuple",
+    ),
+    "unequal lists": (
+        lambda m: m.generate({"image": [image()] * 2, "audio": (sound(), 8000)}, "hi"),
+        ValueError,
+        r"^features: got shapes \[\(2, 24\), \(1, 24\)\]",
+    ),
+    "prompts for other inputs": (
+        lambda m: m.generate({"image": [image()] * 3}, ["hi"] * 2),
+        ValueError,
+        "^prompts: got 2 for 3 inputs",
+    ),
     "no prompts": (lambda m: m.generate({}, []), ValueError, "^prompts: got an empty list"),
     "empty prompt": (lambda m: m.generate({}, " "), ValueError, "^prompts: got ' ', wants text"),
     "prompt no text": (lambda m: m.generate({}, [3]), ValueError, "^prompts: got 3, wants text"),
-    "long prompt": (lambda m: m.generate({}, "ball " * 60), ValueError, "^prompts: got one of 61 tokens, wants fewer"),
+    "long prompt": (
+        lambda m: m.generate({}, "ball " * 60),
+        ValueError,
+        "^prompts: got one of 61 tokens, wants fewer",
+    ),
     "NaN features": (lambda m: m.answer(NAN, "hi"), ValueError, "^features: got NaN"),
-    "features of another width": (lambda m: m.answer(torch.ones(1, 5), "hi"), ValueError, r"got .* \(1, 5\)"),
-    "features of another rank": (lambda m: m.answer(torch.ones(24), "hi"), ValueError, r"^features: got .* \(24,\)"),
-    "integer features": (lambda m: m.answer(torch.ones(1, 24).long(), "hi"), ValueError, "^features: got torch.int64"),
+    "features of another width": (
+        lambda m: m.answer(torch.ones(1, 5), "hi"),
+        ValueError,
+        r"got .* \(1, 5\)",
+    ),
+    "features of another rank": (
+        lambda m: m.answer(torch.ones(24), "hi"),
+        ValueError,
+        r"^features: got .* \(24,\)",
+    ),
+    "integer features": (
+        lambda m: m.answer(torch.ones(1, 24).long(), "hi"),
+        ValueError,
+        "^features: got torch.int64",
+    ),
     "features no tensor": (lambda m: m.answer([[1.0]], "hi"), ValueError, "^features: got list"),
-    "k above the memory": (lambda m: m.generate({"image": image()}, "hi", cache=dict(k=31)), ValueError, "^k: got 31"),
-    "unknown cache setting": (lambda m: m.generate({"image": image()}, "hi", cache=dict(size=3)), ValueError,
-                              r"^cache: got unknown keys \['size'\]"),
-    "settings of an absent modality": (lambda m: m.generate({"image": image()}, "hi", cache={"audio": False}),
-                                       ValueError, r"^cache: got settings for \['audio'\], wants some of \['image'\]"),
-    "settings and modalities": (lambda m: m.generate({"image": image()}, "hi", cache={"image": False, "k": 3}),
-                                ValueError, r"^cache: got \['image', 'k'\], wants either modalities or settings"),
-    "settings of a modality": (lambda m: m.generate({"image": image()}, "hi", cache={"image": 3}), TypeError,
-                               "^cache: got int, wants a dict or a bool"),
-    "whiten": (lambda m: m.generate({"image": image()}, "hi", cache=dict(whiten=3)), ValueError,
-               "^whiten: got 3, wants True or False"),
-    "weight in words": (lambda m: m.generate({"image": image()}, "hi", cache=dict(weight="half")), ValueError,
-                        "^weight: got half, wants a number from 0 to 1"),
-    "cache of another type": (lambda m: m.generate({"image": image()}, "hi", cache=10), TypeError, "^cache: got int"),
-    "misspelt option": (lambda m: m.generate({}, "hi", max_new_token=3), ValueError, "max_new_token"),
+    "k above the memory": (
+        lambda m: m.generate({"image": image()}, "hi", cache=dict(k=31)),
+        ValueError,
+        "^k: got 31",
+    ),
+    "unknown cache setting": (
+        lambda m: m.generate({"image": image()}, "hi", cache=dict(size=3)),
+        ValueError,
+        r"^cache: got unknown keys \['size'\]",
+    ),
+    "settings of an absent modality": (
+        lambda m: m.generate({"image": image()}, "hi", cache={"audio": False}),
+        ValueError,
+        r"^cache: got settings for \['audio'\], wants some of \['image'\]",
+    ),
+    "settings and modalities": (
+        lambda m: m.generate({"image": image()}, "hi", cache={"image": False, "k": 3}),
+        ValueError,
+        r"^cache: got \['image', 'k'\], wants either modalities or settings",
+    ),
+    "settings of a modality": (
+        lambda m: m.generate({"image": image()}, "hi", cache={"image": 3}),
+        TypeError,
+        "^cache: got int, wants a dict or a bool",
+    ),
+    "whiten": (
+        lambda m: m.generate({"image": image()}, "hi", cache=dict(whiten=3)),
+        ValueError,
+        "^whiten: got 3, wants True or False",
+    ),
+    "weight in words": (
+        lambda m: m.generate({"image": image()}, "hi", cache=dict(weight="half")),
+        ValueError,
+        "^weight: got half, wants a number from 0 to 1",
+    ),
+    "cache of another type": (
+        lambda m: m.generate({"image": image()}, "hi", cache=10),
+        TypeError,
+        "^cache: got int",
+    ),
+    "misspelt option": (
+        lambda m: m.generate({}, "hi", max_new_token=3),
+        ValueError,
+        "max_new_token",
+    ),
 }
 
 
 @pytest.mark.parametrize("call, error, message", BAD.values(), ids=BAD.keys())
 def test_requests_refused(call, error, message, cached):
-    with pytest.raises(error, match=message) as raised: call(cached)
+    with pytest.raises(error, match=message) as raised:
+        call(cached)
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (([], []), "^features: got none"), (([torch.ones(1, 2)], [1, 1]), "^weights: got 2, wants 1"),
-    (([torch.ones(1, 2)], [math.inf]), "^weights: got"),
-    (([torch.ones(1, 2), torch.ones(1, 3)], [1, 1]), "^features: got shapes")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (([], []), "^features: got none"),
+        (([torch.ones(1, 2)], [1, 1]), "^weights: got 2, wants 1"),
+        (([torch.ones(1, 2)], [math.inf]), "^weights: got"),
+        (([torch.ones(1, 2), torch.ones(1, 3)], [1, 1]), "^features: got shapes"),
+    ],
+)
 def test_mix_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message): mix(*arguments)
+    with pytest.raises(ValueError, match=message):
+        mix(*arguments)
 
 
 def test_cache_wanted_but_absent(model):
@@ -524,8 +796,18 @@ def test_cache_wanted_but_absent(model):
 def test_parts_that_do_not_fit(model):
     with pytest.raises(ValueError, match="^cache: got features of width 3, wants 24"):
         ImageBindLLM(config(), model.llm, tokenizer(), cache=VisualCache.build(torch.ones(1, 3)))
-    other = ImageBind(ImageBindConfig(feature_dim=8, vision=None, text=None, audio=None, point=None, depth=None,
-                                      thermal=None, imu=IMUConfig(width=16, blocks=1, heads=2)))
+    other = ImageBind(
+        ImageBindConfig(
+            feature_dim=8,
+            vision=None,
+            text=None,
+            audio=None,
+            point=None,
+            depth=None,
+            thermal=None,
+            imu=IMUConfig(width=16, blocks=1, heads=2),
+        )
+    )
     with pytest.raises(ValueError, match="^encoder: got one whose config is not"):
         ImageBindLLM(config(), model.llm, tokenizer(), encoder=other)
 
@@ -534,33 +816,45 @@ def test_merged_lora_is_not_saved(tmp_path):
     model = make_model()
     model.llm = get_peft_model(model.llm, LoraConfig(r=2, target_modules=["q_proj"]))
     model.llm.merge_adapter()
-    with pytest.raises(ValueError, match="^llm: got merged LoRA"): model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^llm: got merged LoRA"):
+        model.save_pretrained(tmp_path)
 
 
 def test_quantised_weights_are_not_saved(tmp_path):
     model = make_model()
-    model.llm.is_quantized = True                                                       # as transformers marks them
-    with pytest.raises(ValueError, match="^llm: got quantised weights"): model.save_pretrained(tmp_path / "new")
+    model.llm.is_quantized = True  # as transformers marks them
+    with pytest.raises(ValueError, match="^llm: got quantised weights"):
+        model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"model_type": "llama"}'])
 def test_folders_that_hold_no_model(content, tmp_path):
-    if content is not None: (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match="holds no model, wants a folder written by `save_pretrained`$"): load(tmp_path)
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(
+        ValueError, match="holds no model, wants a folder written by `save_pretrained`$"
+    ):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["toylend", "a/b/c", "no such folder"])
 def test_unknown_names(name):
-    with pytest.raises(ValueError, match="^name: got .*, wants 'toyland', a folder"): load(name)
+    with pytest.raises(ValueError, match="^name: got .*, wants 'toyland', a folder"):
+        load(name)
 
 
 def test_weights_that_do_not_fit(tmp_path):
     make_model().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     weights = load_file(path)
-    for wrong in (weights | {"bind.extra": torch.ones(1)}, {n: p for n, p in weights.items() if n != "injection.gates"},
-                  weights | {"injection.gates": torch.ones(1, 4)}):
+    for wrong in (
+        weights | {"bind.extra": torch.ones(1)},
+        {n: p for n, p in weights.items() if n != "injection.gates"},
+        weights | {"injection.gates": torch.ones(1, 4)},
+    ):
         save_file(wrong, path)
-        with pytest.raises(ValueError, match="^folder: 1 weights of model.safetensors do not fit its config.json"):
+        with pytest.raises(
+            ValueError, match="^folder: 1 weights of model.safetensors do not fit its config.json"
+        ):
             load(tmp_path)

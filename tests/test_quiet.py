@@ -1,4 +1,5 @@
 "Importing is quiet: no network, no GPU, no display, no home folder, nothing printed. And the tests have no network."
+
 import os
 import socket
 import subprocess
@@ -7,7 +8,15 @@ import textwrap
 
 import pytest
 
-MODULES = "world inputs encoders bind llama cache model checkpoints training evaluation figures explorer".split()
+ROOMS = "files config bind inputs llama encoders shards cache objectives training saving model evaluation figures".split()
+MODULES = [
+    *ROOMS,
+    "checkpoints",
+    "explorer.show",
+    "explorer.widgets",
+    "toyland.pictures",
+    "experiments.figures_paper",
+]
 
 WATCHED = """
 import os, sys
@@ -28,10 +37,18 @@ sys.addaudithook(watch)
 
 def watched(code, home, **env):
     "What a new Python touches and prints while it runs `code`, with `home` as its home folder and no display."
-    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("DISPLAY", "WAYLAND_DISPLAY")
+    }
     tell = "\nsys.stdout.write('\\n'.join(map(str, touched)))"
-    done = subprocess.run([sys.executable, "-c", WATCHED + textwrap.dedent(code) + tell], text=True,
-                          capture_output=True, env={**environment, "HOME": str(home), **env})
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED + textwrap.dedent(code) + tell],
+        text=True,
+        capture_output=True,
+        env={**environment, "HOME": str(home), **env},
+    )
     assert done.returncode == 0, done.stderr
     return (done.stdout + done.stderr).splitlines()
 
@@ -66,16 +83,27 @@ def test_importing_initialises_no_gpu(tmp_path, fonts):
     assert watched(code, tmp_path / "absent", **fonts) == []
 
 
-@pytest.mark.parametrize("reach", [
-    lambda _: socket.create_connection(("192.0.2.1", 80), timeout=1), lambda s: s.connect(("192.0.2.1", 80)),
-    lambda s: s.connect_ex(("192.0.2.1", 80)), lambda s: s.sendto(b"x", ("192.0.2.1", 53)),
-    lambda _: socket.getaddrinfo("example.org", 80), lambda _: socket.gethostbyname("example.org")])
+@pytest.mark.parametrize(
+    "reach",
+    [
+        lambda _: socket.create_connection(("192.0.2.1", 80), timeout=1),
+        lambda s: s.connect(("192.0.2.1", 80)),
+        lambda s: s.connect_ex(("192.0.2.1", 80)),
+        lambda s: s.sendto(b"x", ("192.0.2.1", 53)),
+        lambda _: socket.getaddrinfo("example.org", 80),
+        lambda _: socket.gethostbyname("example.org"),
+    ],
+)
 def test_the_tests_have_no_network(reach, no_network):
-    with socket.socket(type=socket.SOCK_DGRAM) as ours, pytest.raises(ConnectionError, match="tried to reach"):
+    with (
+        socket.socket(type=socket.SOCK_DGRAM) as ours,
+        pytest.raises(ConnectionError, match="tried to reach"),
+    ):
         reach(ours)
     assert len(no_network) == 1
     no_network.clear()
 
 
 def test_this_machine_can_be_reached():
-    with socket.create_server(("127.0.0.1", 0)) as server: socket.create_connection(server.getsockname()).close()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname()).close()

@@ -1,4 +1,5 @@
 "The shipped Toyland weights: what the configuration says, and as good as the shipped results say."
+
 import json
 import math
 from pathlib import Path
@@ -7,19 +8,33 @@ import pytest
 import torch
 
 import ibllm
-from ibllm.evaluation import answer_accuracy, caption_accuracy
-from ibllm.training import TOYLAND_INPUTS, TOYLAND_PROMPT, extract_features, read_recording, toyland_imagebind
-from ibllm.world import CARRIES, ask_in_words, draw_things, record, split_things
+from ibllm.encoders import extract_features
+from ibllm.toyland.recipes import TOYLAND_INPUTS, TOYLAND_PROMPT, read_recording, toyland_imagebind
+from ibllm.toyland.scoring import answer_accuracy, caption_accuracy
+from ibllm.toyland.sensors import record
+from ibllm.toyland.world import CARRIES, ask_in_words, draw_things, split_things
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "data" / "toyland"
-RESULTS = json.loads((ROOT / "data" / "results" / "senses.json").read_text())
-SAMPLES = {s: ROOT / "data" / "samples" / f"bell_{s}.{end}" for s, end in dict(
-    image="png", video="mp4", text="txt", audio="wav", point="ply", depth="png", thermal="png", imu="csv").items()}
+RESULTS = json.loads((ROOT / "data" / "results" / "modalities.json").read_text())
+SAMPLES = {
+    s: ROOT / "data" / "samples" / f"bell_{s}.{end}"
+    for s, end in dict(
+        image="png",
+        video="mp4",
+        text="txt",
+        audio="wav",
+        point="ply",
+        depth="png",
+        thermal="png",
+        imu="csv",
+    ).items()
+}
 
 
 @pytest.fixture(scope="module")
-def model(): return ibllm.load("toyland")
+def model():
+    return ibllm.load("toyland")
 
 
 def test_weights_are_small_and_safe():
@@ -40,33 +55,43 @@ def recorded():
     return things, record(things, seed)
 
 
-@pytest.mark.parametrize("sense", CARRIES)
-def test_each_sense_reaches_its_shipped_accuracy(model, recorded, sense):
+@pytest.mark.parametrize("modality", CARRIES)
+def test_each_sense_reaches_its_shipped_accuracy(model, recorded, modality):
     things, recording = recorded
-    features = extract_features(model.encoder, sense, read_recording(model.processor, sense, recording[sense]))
+    features = extract_features(
+        model.encoder, modality, read_recording(model.processor, modality, recording[modality])
+    )
     hits = caption_accuracy(model, features, things, cache=True)
-    for attribute in CARRIES[sense]:
-        shipped = RESULTS["senses"][sense]["seen"]["cache"][attribute]["seeds"][0]
-        error = math.sqrt(max(shipped * (1 - shipped), .01) * (1 / len(things) + 1 / RESULTS["n_seen"]))
+    for attribute in CARRIES[modality]:
+        shipped = RESULTS["modalities"][modality]["seen"]["cache"][attribute]["seeds"][0]
+        error = math.sqrt(
+            max(shipped * (1 - shipped), 0.01) * (1 / len(things) + 1 / RESULTS["n_seen"])
+        )
         assert abs(hits[attribute].float().mean().item() - shipped) < 3.5 * error, attribute
 
 
 def test_words_alone_reach_their_shipped_accuracy(model):
     exercises = ask_in_words(draw_things(300, seed=97, pictured=None), seed=97)
     for topic, accuracy in answer_accuracy(model, exercises).items():
-        assert accuracy > RESULTS["text_only"][topic]["seeds"][0] - .1, topic
+        assert accuracy > RESULTS["text_only"][topic]["seeds"][0] - 0.1, topic
 
 
 def test_every_sample_file_gets_the_recorded_answer(model):
     recorded = json.loads((ROOT / "data" / "results" / "answers.json").read_text())
-    for sense, file in SAMPLES.items():
-        assert model.generate({sense: file}, "describe it .", do_sample=False) == [recorded[sense]["on"]]
-        assert model.generate({sense: file}, "describe it .", cache=False, do_sample=False) == [recorded[sense]["off"]]
+    for modality, file in SAMPLES.items():
+        assert model.generate({modality: file}, "describe it .", do_sample=False) == [
+            recorded[modality]["on"]
+        ]
+        assert model.generate({modality: file}, "describe it .", cache=False, do_sample=False) == [
+            recorded[modality]["off"]
+        ]
 
 
 def test_a_closed_gate_is_the_plain_language_model(model):
-    ids, feature = model.tokenize(["what is it ?"])["input_ids"], torch.nn.functional.normalize(
-        torch.randn(1, 128), dim=1)
+    ids, feature = (
+        model.tokenize(["what is it ?"])["input_ids"],
+        torch.nn.functional.normalize(torch.randn(1, 128), dim=1),
+    )
     gates = model.injection.gates.data.clone()
     with torch.no_grad():
         plain = model.llm(input_ids=ids).logits
@@ -78,8 +103,8 @@ def test_a_closed_gate_is_the_plain_language_model(model):
 
 def test_the_table_is_complete():
     assert RESULTS["n_seen"] >= 900 and len(RESULTS["seeds"]) >= 3
-    for sense in CARRIES:
+    for modality in CARRIES:
         for part in ("seen", "unseen"):
-            rows = RESULTS["senses"][sense][part]
+            rows = RESULTS["modalities"][modality][part]
             assert {"raw", "cache", "neighbour_vote", "zero_shot"} <= rows.keys()
-        assert {"shuffled", "random_memory"} <= RESULTS["senses"][sense]["seen"].keys()
+        assert {"shuffled", "random_memory"} <= RESULTS["modalities"][modality]["seen"].keys()

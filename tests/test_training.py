@@ -1,4 +1,5 @@
 "The training loop: order of examples, resuming, schedule, what learns in which stage."
+
 import json
 from pathlib import Path
 
@@ -7,10 +8,26 @@ import torch
 from torch import nn
 
 from ibllm.encoders import ImageBind
-from ibllm.training import (IGNORE, TOYLAND_PROMPT, Batches, Binding, Columns, NextToken, Recipe, Run, count_trainable,
-                            fit, info_nce, learning_rate, make_optimizers, prepare_stage_one, prepare_stage_two,
-                            start_like, tokenize_pairs, toyland_imagebind, toyland_llm, toyland_model, toyland_text,
-                            train_tokenizer)
+from ibllm.objectives import (
+    IGNORE,
+    Binding,
+    NextTokenLoss,
+    count_trainable,
+    info_nce,
+    prepare_stage_one,
+    prepare_stage_two,
+    start_like,
+    tokenize_pairs,
+)
+from ibllm.toyland.recipes import (
+    TOYLAND_PROMPT,
+    toyland_imagebind,
+    toyland_llm,
+    toyland_model,
+    toyland_text,
+    train_tokenizer,
+)
+from ibllm.training import Batches, Columns, Recipe, Run, fit, learning_rate, make_optimizers
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/training_tiny/recipe.json").read_text())
 
@@ -24,51 +41,70 @@ def tokenizer():
 def test_learning_rate_equals_the_released_schedule(case):
     for epoch, lr, _ in case["fractional_epoch__lr__lr_of_a_group_with_lr_scale_0.1"]:
         assert learning_rate(
-            epoch, case["epochs"], case["warmup_epochs"], case["peak_lr"]) == pytest.approx(lr, abs=1e-18, rel=1e-9)
+            epoch, case["epochs"], case["warmup_epochs"], case["peak_lr"]
+        ) == pytest.approx(lr, abs=1e-18, rel=1e-9)
 
 
 def test_every_epoch_holds_every_example_once():
     batches = list(Batches(12, 4, steps=6, seed=3))
-    for epoch in (batches[:3], batches[3:]): assert sorted(sum(epoch, [])) == list(range(12))
+    for epoch in (batches[:3], batches[3:]):
+        assert sorted(sum(epoch, [])) == list(range(12))
     assert batches[:3] != batches[3:]
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(examples=3, batch_size=4, steps=1), "batch_size: got 4, wants 1 to 3"),
-    (dict(examples=3, batch_size=0, steps=1), "batch_size: got 0"),
-    (dict(examples=8, batch_size=3, steps=1, world=2), "wants a multiple of 2")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(examples=3, batch_size=4, steps=1), "batch_size: got 4, wants 1 to 3"),
+        (dict(examples=3, batch_size=0, steps=1), "batch_size: got 0"),
+        (dict(examples=8, batch_size=3, steps=1, world=2), "wants a multiple of 2"),
+    ],
+)
 def test_batches_that_do_not_fit_are_refused(options, message):
-    with pytest.raises(ValueError, match=message): Batches(**options)
+    with pytest.raises(ValueError, match=message):
+        Batches(**options)
 
 
 class Curve(nn.Module):
     "A small network with dropout and a Muon-trained block, so that order and randomness matter."
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.blocks = nn.ModuleList([nn.Linear(4, 4)])
-        self.out, self.dropout, self.gates = nn.Linear(4, 1), nn.Dropout(.2), nn.Parameter(torch.zeros(1))
+        self.out, self.dropout, self.gates = (
+            nn.Linear(4, 1),
+            nn.Dropout(0.2),
+            nn.Parameter(torch.zeros(1)),
+        )
 
-    def forward(self, x, y): return (self.out(self.dropout(self.body(x))) + self.gates - y).square().mean()
-    def body(self, x): return torch.tanh(self.blocks[0](x))
+    def forward(self, x, y):
+        return (self.out(self.dropout(self.body(x))) + self.gates - y).square().mean()
+
+    def body(self, x):
+        return torch.tanh(self.blocks[0](x))
 
 
 class Wrapped(nn.Module):
     "Gives the blocks a name with a dot on both sides, as in towers."
+
     def __init__(self):
         super().__init__()
         self.net = Curve()
 
-    def forward(self, x, y): return self.net(x, y)
+    def forward(self, x, y):
+        return self.net(x, y)
 
 
 class Breaks(Columns):
     "Raises Ctrl-C when batch number `at` is fetched."
+
     at, count = 0, 0
 
     def __getitems__(self, indices):
         self.count += 1
-        if self.count == self.at: raise KeyboardInterrupt
+        if self.count == self.at:
+            raise KeyboardInterrupt
         return super().__getitems__(indices)
 
 
@@ -77,7 +113,7 @@ def curve_data(kind=Columns):
     return kind(x=x, y=x.sum(1, keepdim=True))
 
 
-RECIPE = Recipe(steps=24, batch_size=8, lr=.01, muon_lr=.01, warmup=4, save_every=5)
+RECIPE = Recipe(steps=24, batch_size=8, lr=0.01, muon_lr=0.01, warmup=4, save_every=5)
 
 
 @pytest.mark.parametrize("stop", [1, 5, 6, 13, 24])
@@ -86,14 +122,16 @@ def test_resumed_run_is_bit_equal_to_an_unbroken_one(tmp_path, stop):
     history = fit(unbroken, curve_data(), RECIPE, "unbroken")
     broken = curve_data(Breaks)
     broken.at = stop
-    with pytest.raises(KeyboardInterrupt): fit(Wrapped(), broken, RECIPE, "broken", tmp_path / "run.pt")
+    with pytest.raises(KeyboardInterrupt):
+        fit(Wrapped(), broken, RECIPE, "broken", tmp_path / "run.pt")
     assert fit(resumed, curve_data(), RECIPE, "resumed", tmp_path / "run.pt") == history
-    for a, b in zip(unbroken.parameters(), resumed.parameters()): assert torch.equal(a, b)
+    for a, b in zip(unbroken.parameters(), resumed.parameters()):
+        assert torch.equal(a, b)
 
 
 def test_a_changed_recipe_does_not_continue_an_old_run(tmp_path):
     fit(Wrapped(), curve_data(), RECIPE, "first", tmp_path / "run.pt")
-    changed = Recipe(**{**RECIPE.__dict__, "lr": .02})
+    changed = Recipe(**{**RECIPE.__dict__, "lr": 0.02})
     with pytest.raises(ValueError, match="run.pt: was made with other settings"):
         fit(Wrapped(), curve_data(), changed, "second", tmp_path / "run.pt")
 
@@ -102,7 +140,13 @@ def test_other_data_or_another_start_does_not_continue_an_old_run(tmp_path):
     fit(Wrapped(), curve_data(), RECIPE, "first", tmp_path / "run.pt")
     data = curve_data()
     with pytest.raises(ValueError, match="other settings or data"):
-        fit(Wrapped(), Columns(x=data.columns["x"], y=-data.columns["y"]), RECIPE, "other data", tmp_path / "run.pt")
+        fit(
+            Wrapped(),
+            Columns(x=data.columns["x"], y=-data.columns["y"]),
+            RECIPE,
+            "other data",
+            tmp_path / "run.pt",
+        )
     other = Wrapped()
     nn.init.zeros_(other.net.out.weight)
     with pytest.raises(ValueError, match="other settings or data"):
@@ -111,9 +155,13 @@ def test_other_data_or_another_start_does_not_continue_an_old_run(tmp_path):
 
 def test_nothing_is_unpickled_from_a_checkpoint(tmp_path):
     class Touch:
-        def __reduce__(self): return open, (str(tmp_path / "unpickled"), "w")
+        def __reduce__(self):
+            return open, (str(tmp_path / "unpickled"), "w")
 
-    torch.save(dict(origin={}, weights=Touch(), optimizers=[], history=[], seconds=0.0), tmp_path / "run.pt")
+    torch.save(
+        dict(origin={}, weights=Touch(), optimizers=[], history=[], seconds=0.0),
+        tmp_path / "run.pt",
+    )
     with pytest.raises(ValueError, match="run.pt: got no whole checkpoint"):
         fit(Wrapped(), curve_data(), RECIPE, "hostile", tmp_path / "run.pt")
     assert not (tmp_path / "unpickled").exists()
@@ -121,28 +169,35 @@ def test_nothing_is_unpickled_from_a_checkpoint(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     data = Columns(x=torch.full((8, 4), float("nan")), y=torch.zeros(8, 1))
-    with pytest.raises(FloatingPointError, match="loss: got nan at step 0"): fit(Wrapped(), data, RECIPE, "nan")
+    with pytest.raises(FloatingPointError, match="loss: got nan at step 0"):
+        fit(Wrapped(), data, RECIPE, "nan")
 
 
 def test_gates_learn_faster_and_only_matrices_decay():
     adam, muon = make_optimizers(Wrapped(), RECIPE)
-    assert [g["weight_decay"] for g in adam.param_groups] == [.05, 0, 0]
-    assert [g["peak"] for g in adam.param_groups] == [.01, .01, .05]
+    assert [g["weight_decay"] for g in adam.param_groups] == [0.05, 0, 0]
+    assert [g["peak"] for g in adam.param_groups] == [0.01, 0.01, 0.05]
     assert [tuple(p.shape) for g in muon.param_groups for p in g["params"]] == [(4, 4)]
 
 
 def test_an_objective_without_parameters_is_refused():
-    with pytest.raises(ValueError, match="no trainable parameter"): make_optimizers(nn.Identity(), RECIPE)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        make_optimizers(nn.Identity(), RECIPE)
 
 
 def test_info_nce_against_a_loop():
     a, b = (nn.functional.normalize(torch.randn(5, 8), dim=1) for _ in range(2))
-    def one_way(a, b): return -sum(torch.log_softmax(7 * a[i] @ b.T, 0)[i] for i in range(5)) / 5
+
+    def one_way(a, b):
+        return -sum(torch.log_softmax(7 * a[i] @ b.T, 0)[i] for i in range(5)) / 5
+
     torch.testing.assert_close(info_nce(a, b, 7), (one_way(a, b) + one_way(b, a)) / 2)
 
 
 def test_labels_mask_the_prompt_and_the_padding(tokenizer):
-    pairs = tokenize_pairs(tokenizer, ["Q: what is it ?\nA:", "Q: a\nA:"], ["a ball", "a very red bell"])
+    pairs = tokenize_pairs(
+        tokenizer, ["Q: what is it ?\nA:", "Q: a\nA:"], ["a ball", "a very red bell"]
+    )
     for ids, labels, answer in zip(pairs["ids"], pairs["labels"], [" a ball", " a very red bell"]):
         assert tokenizer.decode(labels[labels != IGNORE]) == answer + "</s>"
         assert (ids[labels != IGNORE] == labels[labels != IGNORE]).all()
@@ -158,10 +213,13 @@ def test_the_end_token_has_the_largest_id_and_padding_is_zero(tokenizer):
 
 @pytest.fixture
 def model(tokenizer):
-    return toyland_model(ImageBind(toyland_imagebind(len(tokenizer))), toyland_llm(tokenizer), tokenizer)
+    return toyland_model(
+        ImageBind(toyland_imagebind(len(tokenizer))), toyland_llm(tokenizer), tokenizer
+    )
 
 
-def learning(objective): return {name for name, p in objective.named_parameters() if p.requires_grad}
+def learning(objective):
+    return {name for name, p in objective.named_parameters() if p.requires_grad}
 
 
 def test_stage_one_moves_bind_queries_and_gates_only(model):
@@ -175,10 +233,19 @@ def test_stage_two_moves_lora_biases_and_norms_only(model, tokenizer):
     names = learning(objective)
     assert all("lora_" in n or "norm" in n or n.endswith("bias") for n in names)
     assert not any(n.endswith(("k_proj.base_layer.bias", "v_proj.base_layer.bias")) for n in names)
-    assert sum("lora_A" in n for n in names) == 7 * 4 and sum("norm" in n for n in names) == 2 * 4 + 1
+    assert (
+        sum("lora_A" in n for n in names) == 7 * 4 and sum("norm" in n for n in names) == 2 * 4 + 1
+    )
     frozen = {n: p.clone() for n, p in objective.named_parameters() if not p.requires_grad}
-    pairs = tokenize_pairs(tokenizer, [TOYLAND_PROMPT.format(instruction="what is it ?")] * 8, ["a ball"] * 8)
-    fit(objective, Columns(**pairs, feature=torch.randn(8, 128)), Recipe(steps=2, batch_size=4, warmup=1), "two steps")
+    pairs = tokenize_pairs(
+        tokenizer, [TOYLAND_PROMPT.format(instruction="what is it ?")] * 8, ["a ball"] * 8
+    )
+    fit(
+        objective,
+        Columns(**pairs, feature=torch.randn(8, 128)),
+        Recipe(steps=2, batch_size=4, warmup=1),
+        "two steps",
+    )
     assert all(torch.equal(p, frozen[n]) for n, p in objective.named_parameters() if n in frozen)
 
 
@@ -186,19 +253,24 @@ def test_what_stage_two_learned_survives_saving(model, tokenizer, tmp_path):
     objective = prepare_stage_two(model.llm, model.bind, model.injection)
     model.llm = objective.llm
     for p in objective.parameters():
-        if p.requires_grad: nn.init.normal_(p, std=.3)
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.3)
     nn.init.normal_(model.injection.gates)
     model.save_pretrained(tmp_path / "model")
     import ibllm
+
     again = ibllm.load(tmp_path / "model")
     ids, feature = model.tokenize(["what is it ?"])["input_ids"], torch.randn(1, 128)
-    with torch.no_grad(): assert torch.equal(again(ids, features=feature).logits, model(ids, features=feature).logits)
+    with torch.no_grad():
+        assert torch.equal(again(ids, features=feature).logits, model(ids, features=feature).logits)
 
 
 def test_a_zero_gate_keeps_the_language_model_bit_for_bit(model):
     ids = model.tokenize(["what is it ?"])["input_ids"]
     with torch.no_grad():
-        assert torch.equal(model(ids, features=torch.randn(1, 128)).logits, model.llm(input_ids=ids).logits)
+        assert torch.equal(
+            model(ids, features=torch.randn(1, 128)).logits, model.llm(input_ids=ids).logits
+        )
 
 
 def test_a_tower_can_start_like_another(tokenizer):
@@ -206,17 +278,25 @@ def test_a_tower_can_start_like_another(tokenizer):
     depth, vision = encoder.towers["depth"], encoder.towers["vision"]
     stem = depth.stem.weight.clone()
     start_like(depth, vision)
-    assert torch.equal(depth.transformer.blocks[0].expand.weight, vision.transformer.blocks[0].expand.weight)
+    assert torch.equal(
+        depth.transformer.blocks[0].expand.weight, vision.transformer.blocks[0].expand.weight
+    )
     assert torch.equal(depth.stem.weight, stem)
 
 
 def test_binding_learns_on_a_handful_of_pairs(tokenizer):
     torch.manual_seed(0)
-    tower, anchor = ImageBind(toyland_imagebind(len(tokenizer))).towers["imu"], nn.functional.normalize(
-        torch.randn(32, 128), dim=1)
-    losses = fit(Binding(tower), Columns(x=torch.randn(32, 6, 64), anchor=anchor),
-                 Recipe(steps=25, batch_size=32, lr=2e-3, warmup=3), "a handful")
-    assert losses[-1] < .5 * losses[0]
+    tower, anchor = (
+        ImageBind(toyland_imagebind(len(tokenizer))).towers["imu"],
+        nn.functional.normalize(torch.randn(32, 128), dim=1),
+    )
+    losses = fit(
+        Binding(tower),
+        Columns(x=torch.randn(32, 6, 64), anchor=anchor),
+        Recipe(steps=25, batch_size=32, lr=2e-3, warmup=3),
+        "a handful",
+    )
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_counting_what_learns(model):
@@ -225,8 +305,13 @@ def test_counting_what_learns(model):
 
 def test_a_run_saves_only_what_learns(model, tmp_path):
     objective = prepare_stage_one(model.llm, model.bind, model.injection)
-    run = Run(objective, Columns(ids=torch.zeros(4, 3)), Recipe(steps=1, batch_size=2), tmp_path / "run.pt")
+    run = Run(
+        objective,
+        Columns(ids=torch.zeros(4, 3)),
+        Recipe(steps=1, batch_size=2),
+        tmp_path / "run.pt",
+    )
     run.save()
     weights = torch.load(tmp_path / "run.pt", weights_only=True)["weights"]
     assert not any(name.startswith("llm.") and name.endswith("weight") for name in weights)
-    assert isinstance(objective, NextToken)
+    assert isinstance(objective, NextTokenLoss)

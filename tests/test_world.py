@@ -1,4 +1,5 @@
 "Toyland: the same in every process, only what a sensor carries in its recordings, files that read back as recorded."
+
 import subprocess
 import sys
 from itertools import pairwise
@@ -9,38 +10,68 @@ import pytest
 import torch
 from PIL import Image
 
-from ibllm.inputs import Processor
-from ibllm.training import TOYLAND_INPUTS, read_recording, train_tokenizer
-from ibllm.world import (
-    ATTRIBUTES, CARRIES, COLOURS, DESCRIPTIONS, KINDS, MOTIONS, PLACE, PURPOSE, QUESTIONS, SENSORS, SIZES, SPLITS,
-    Things, answer, ask, ask_in_words, describe, draw_things, generator, is_pictured, make_shape, make_shapes,
-    one_thing, read_attributes, record, split_things, uniform, write_atomically, write_files)
+from ibllm.config import MODALITIES
+from ibllm.files import write_atomically
+from ibllm.inputs.processor import Processor
+from ibllm.toyland.recipes import TOYLAND_INPUTS, read_recording, train_tokenizer
+from ibllm.toyland.sensors import make_shape, make_shapes, record, write_files
+from ibllm.toyland.world import (
+    ATTRIBUTES,
+    CARRIES,
+    COLOURS,
+    DESCRIPTIONS,
+    KINDS,
+    MOTIONS,
+    PLACE,
+    PURPOSE,
+    QUESTIONS,
+    SIZES,
+    SPLITS,
+    Things,
+    answer,
+    ask,
+    ask_in_words,
+    describe,
+    draw_things,
+    generator,
+    is_pictured,
+    one_thing,
+    read_attributes,
+    split_things,
+    uniform,
+)
 
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 UNSEEN = "validation_unseen", "test_unseen"
 
 
 @pytest.fixture(scope="module")
-def things(): return draw_things(40, seed=4)
+def things():
+    return draw_things(40, seed=4)
 
 
 @pytest.fixture(scope="module")
-def recording(things): return record(things, seed=4)
+def recording(things):
+    return record(things, seed=4)
 
 
 @pytest.fixture(scope="module")
 def every_thing():
-    grid = torch.meshgrid(*(torch.arange(len(words)) for words in ATTRIBUTES.values()), indexing="ij")
+    grid = torch.meshgrid(
+        *(torch.arange(len(words)) for words in ATTRIBUTES.values()), indexing="ij"
+    )
     return Things(*(g.reshape(-1) for g in grid))
 
 
-def equal(a, b): return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+def equal(a, b):
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 # Things
 
+
 def test_modalities_are_in_the_order_used_everywhere():
-    assert SENSORS == ("image", "video", "text", "audio", "point", "depth", "thermal", "imu")
+    assert MODALITIES == ("image", "video", "text", "audio", "point", "depth", "thermal", "imu")
 
 
 def test_things_can_be_picked_counted_and_read(things):
@@ -50,7 +81,10 @@ def test_things_can_be_picked_counted_and_read(things):
 
 
 def test_things_show_the_first_few_as_words():
-    assert repr(one_thing("bell", "yellow", motion="bouncing")) == "Things(1): big yellow bell, bouncing"
+    assert (
+        repr(one_thing("bell", "yellow", motion="bouncing"))
+        == "Things(1): big yellow bell, bouncing"
+    )
     assert repr(draw_things(3, 0)).count(";") == 2 and repr(draw_things(4, 0)).endswith("; …")
     assert repr(draw_things(4, 0)[:0]) == "Things(0): "
 
@@ -66,12 +100,16 @@ def test_exactly_as_many_things_are_drawn_as_wanted(n, pictured):
 def test_every_word_is_drawn_about_equally_often():
     drawn = draw_things(12_000, 0, pictured=None)
     for name, words in ATTRIBUTES.items():
-        counts = torch.bincount(getattr(drawn, name), minlength=len(words)) / len(drawn) * len(words)
-        assert counts.min() > .9 and counts.max() < 1.1
+        counts = (
+            torch.bincount(getattr(drawn, name), minlength=len(words)) / len(drawn) * len(words)
+        )
+        assert counts.min() > 0.9 and counts.max() < 1.1
 
 
 def test_a_quarter_of_the_combinations_is_never_pictured():
-    kind, colour = torch.meshgrid(torch.arange(len(KINDS)), torch.arange(len(COLOURS)), indexing="ij")
+    kind, colour = torch.meshgrid(
+        torch.arange(len(KINDS)), torch.arange(len(COLOURS)), indexing="ij"
+    )
     pictured = is_pictured(Things(kind, colour, None, None))
     assert ((~pictured).sum(1) == 2).all(), "two colours of each kind"
     assert set((~pictured).sum(0).tolist()) <= {2, 3, 4}, "each colour is pictured with most kinds"
@@ -79,22 +117,37 @@ def test_a_quarter_of_the_combinations_is_never_pictured():
 
 # Randomness
 
+
 def test_streams_depend_on_seed_and_name_only():
     draw = lambda *names: uniform(0, 1, 8, generator(*names))
-    assert torch.equal(draw(0, "a"), draw(0, "a")) and 0 <= draw(0, "a").min() and draw(0, "a").max() < 1
-    different = [draw(0, "a"), draw(1, "a"), draw(0, "b"), draw(0, "a", "b"), draw(10, "a"), draw(1, "0a")]
+    assert (
+        torch.equal(draw(0, "a"), draw(0, "a"))
+        and 0 <= draw(0, "a").min()
+        and draw(0, "a").max() < 1
+    )
+    different = [
+        draw(0, "a"),
+        draw(1, "a"),
+        draw(0, "b"),
+        draw(0, "a", "b"),
+        draw(10, "a"),
+        draw(1, "0a"),
+    ]
     assert len({tuple(d.tolist()) for d in different}) == len(different)
 
 
 def test_recordings_do_not_depend_on_what_else_was_drawn(things, recording):
     torch.rand(100)
-    for sensor in SENSORS: assert equal(record(things, 4, (sensor,))[sensor], recording[sensor]), sensor
+    for sensor in MODALITIES:
+        assert equal(record(things, 4, (sensor,))[sensor], recording[sensor]), sensor
     assert not any(equal(r, recording[sensor]) for sensor, r in record(things, seed=5).items())
 
 
 def test_another_process_records_the_same(recording, tmp_path):
-    code = ("import sys, torch; from ibllm.world import *;"
-            "torch.save(record(draw_things(40, seed=4), seed=4), sys.argv[1])")
+    code = (
+        "import sys, torch; from ibllm.toyland.sensors import *; from ibllm.toyland.world import *;"
+        "torch.save(record(draw_things(40, seed=4), seed=4), sys.argv[1])"
+    )
     subprocess.run([sys.executable, "-c", code, tmp_path / "recording.pt"], check=True)
     for sensor, r in torch.load(tmp_path / "recording.pt", weights_only=True).items():
         assert equal(r, recording[sensor]), sensor
@@ -108,9 +161,14 @@ def test_every_chunk_has_its_own_scene():
 
 # Splits
 
+
 def test_no_two_recordings_of_any_split_share_their_seed():
-    keys = {(seed, name): split_things(name, seed, size=1)[1] for seed in range(20) for name in SPLITS}
-    ranges = sorted((key * 100_003, key * 100_003 + SPLITS[name].size) for (_, name), key in keys.items())
+    keys = {
+        (seed, name): split_things(name, seed, size=1)[1] for seed in range(20) for name in SPLITS
+    }
+    ranges = sorted(
+        (key * 100_003, key * 100_003 + SPLITS[name].size) for (_, name), key in keys.items()
+    )
     assert all(end <= start for (_, end), (start, _) in pairwise(ranges))
 
 
@@ -124,6 +182,7 @@ def test_splits_hold_different_things_and_unpictured_ones_only_where_they_should
 
 # Shapes and sensors
 
+
 def test_shapes_are_closed_into_the_unit_ball():
     points, normals, parts = make_shapes()
     assert points.shape == normals.shape == (12, 8192, 3) and parts.shape == (12, 8192)
@@ -135,11 +194,17 @@ def test_shapes_are_closed_into_the_unit_ball():
 
 def test_recordings_have_the_promised_shapes_types_and_ranges(recording):
     wanted = dict(
-        image=((40, 32, 32, 3), torch.uint8, 0, 255), video=((40, 6, 32, 32, 3), torch.uint8, 0, 255),
-        audio=((40, 8000), torch.float32, -1, 1), point=((40, 256, 3), torch.float32, -.65, .65),
-        depth=((40, 32, 32), torch.float32, 0, 3.3), thermal=((40, 32, 32), torch.float32, 14, 52),
-        imu=((40, 6, 64), torch.float32, -12, 12))
-    assert len(recording["text"]) == 40 and all(isinstance(caption, str) for caption in recording["text"])
+        image=((40, 32, 32, 3), torch.uint8, 0, 255),
+        video=((40, 6, 32, 32, 3), torch.uint8, 0, 255),
+        audio=((40, 8000), torch.float32, -1, 1),
+        point=((40, 256, 3), torch.float32, -0.65, 0.65),
+        depth=((40, 32, 32), torch.float32, 0, 3.3),
+        thermal=((40, 32, 32), torch.float32, 14, 52),
+        imu=((40, 6, 64), torch.float32, -12, 12),
+    )
+    assert len(recording["text"]) == 40 and all(
+        isinstance(caption, str) for caption in recording["text"]
+    )
     for sensor, (shape, dtype, low, high) in wanted.items():
         r = recording[sensor]
         assert r.shape == shape and r.dtype == dtype, sensor
@@ -147,15 +212,20 @@ def test_recordings_have_the_promised_shapes_types_and_ranges(recording):
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
-@pytest.mark.parametrize("sensor", SENSORS)
-def test_a_recording_depends_on_an_attribute_exactly_if_the_sensor_carries_it(sensor, attribute, things):
+@pytest.mark.parametrize("sensor", MODALITIES)
+def test_a_recording_depends_on_an_attribute_exactly_if_the_sensor_carries_it(
+    sensor, attribute, things
+):
     columns = {name: getattr(things, name) for name in ATTRIBUTES}
     other = Things(**columns | {attribute: (columns[attribute] + 1) % len(ATTRIBUTES[attribute])})
     before, after = (record(t, 4, (sensor,))[sensor] for t in (things, other))
-    assert [equal(a, b) for a, b in zip(before, after)] == [attribute not in CARRIES[sensor]] * len(things)
+    assert [equal(a, b) for a, b in zip(before, after)] == [attribute not in CARRIES[sensor]] * len(
+        things
+    )
 
 
 # Words
+
 
 def test_every_caption_reads_back(every_thing):
     for phrasing in DESCRIPTIONS:
@@ -182,7 +252,9 @@ def test_questions_are_answered_rightly(things):
         [asked] = ask(things[0], seed=0, about=(topic,))
         assert asked["about"] == topic and asked["question"] in QUESTIONS[topic]
         assert asked["answer"] == answer(topic, words, caption=describe(things[0], 0)[0])
-    assert answer("place", words) == PLACE[words["kind"]] and PURPOSE[words["kind"]] in answer("purpose", words)
+    assert answer("place", words) == PLACE[words["kind"]] and PURPOSE[words["kind"]] in answer(
+        "purpose", words
+    )
 
 
 def test_exercises_in_words_hold_what_their_answer_needs():
@@ -190,7 +262,8 @@ def test_exercises_in_words_hold_what_their_answer_needs():
     exercises, named = ask_in_words(drawn, seed=0), 0
     for i, exercise in enumerate(exercises):
         words, given = drawn.words(i), exercise["question"].split()
-        if " . " in exercise["question"]: assert set(words.values()) <= set(given)
+        if " . " in exercise["question"]:
+            assert set(words.values()) <= set(given)
         else:
             named += 1
             assert words["kind"] in given and exercise["about"] in ("place", "purpose")
@@ -199,13 +272,18 @@ def test_exercises_in_words_hold_what_their_answer_needs():
 
 # Files
 
+
 @pytest.fixture(scope="module")
 def files(recording, tmp_path_factory):
     return write_files(recording, tmp_path_factory.mktemp("files") / "new", "thing", i=2)
 
 
-@pytest.mark.parametrize("sensor, off", dict(
-    image=0, video=0, text=0, audio=.002, point=1e-6, depth=.01, thermal=.002, imu=1e-5).items())
+@pytest.mark.parametrize(
+    "sensor, off",
+    dict(
+        image=0, video=0, text=0, audio=0.002, point=1e-6, depth=0.01, thermal=0.002, imu=1e-5
+    ).items(),
+)
 def test_a_file_reads_back_as_the_array(sensor, off, recording, files):
     processor = Processor(TOYLAND_INPUTS, train_tokenizer(recording["text"]))
     from_array = read_recording(processor, sensor, recording[sensor][2:3])
@@ -214,21 +292,44 @@ def test_a_file_reads_back_as_the_array(sensor, off, recording, files):
     assert (from_file - from_array).abs().max() <= off
 
 
-def test_files_are_named_after_thing_and_sensor_and_written_alike_each_time(recording, files, tmp_path):
+def test_files_are_named_after_thing_and_sensor_and_written_alike_each_time(
+    recording, files, tmp_path
+):
     again = write_files(recording, tmp_path, "thing", i=2)
-    assert [path.name for path in again.values()] == [path.name for path in files.values()] == [
-        "thing_image.png", "thing_video.mp4", "thing_text.txt", "thing_audio.wav", "thing_point.ply",
-        "thing_depth.png", "thing_thermal.png", "thing_imu.csv"]
+    assert (
+        [path.name for path in again.values()]
+        == [path.name for path in files.values()]
+        == [
+            "thing_image.png",
+            "thing_video.mp4",
+            "thing_text.txt",
+            "thing_audio.wav",
+            "thing_point.ply",
+            "thing_depth.png",
+            "thing_thermal.png",
+            "thing_imu.csv",
+        ]
+    )
     assert sorted(tmp_path.iterdir()) == sorted(again.values()), "nothing else is left"
-    for sensor in SENSORS: assert again[sensor].read_bytes() == files[sensor].read_bytes(), sensor
+    for sensor in MODALITIES:
+        assert again[sensor].read_bytes() == files[sensor].read_bytes(), sensor
 
 
-@pytest.mark.parametrize("name, words", dict(
-    bell=("yellow", "big", "bouncing"), ball=("red", "big", "still"), plane=("white", "big", "circling")).items())
+@pytest.mark.parametrize(
+    "name, words",
+    dict(
+        bell=("yellow", "big", "bouncing"),
+        ball=("red", "big", "still"),
+        plane=("white", "big", "circling"),
+    ).items(),
+)
 def test_samples_show_this_world(name, words):
-    with Image.open(SAMPLES / f"{name}_image.png") as file: stored = torch.tensor(np.array(file)).long()
+    with Image.open(SAMPLES / f"{name}_image.png") as file:
+        stored = torch.tensor(np.array(file)).long()
     recorded = record(one_thing(name, *words), seed=11, modalities=("image",))["image"][0].long()
-    assert ((stored - recorded).abs() > 1).float().mean() < .05, "run nbs/00_world.ipynb, which writes data/samples"
+    assert ((stored - recorded).abs() > 1).float().mean() < 0.05, (
+        "run nbs/00_world.ipynb, which writes data/samples"
+    )
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -239,31 +340,53 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         part.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"): write_atomically(path, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_written_is_named(recording, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file") as error: write_files(recording, tmp_path / "file" / "folder", "thing")
+    with pytest.raises(OSError, match="file") as error:
+        write_files(recording, tmp_path / "file" / "folder", "thing")
     assert "\n" not in str(error.value)
 
 
 # Bad input
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: one_thing("elephant"), "kind: got 'elephant', wants one of ball, box"),
-    (lambda: one_thing("ball", "pink"), "colour: got 'pink', wants one of red, orange"),
-    (lambda: one_thing("ball", size="huge"), f"size: got 'huge', wants one of {', '.join(SIZES)}"),
-    (lambda: one_thing("ball", motion="flying"), f"motion: got 'flying', wants one of {', '.join(MOTIONS)}"),
-    (lambda: make_shape("elephant"), "kind: got 'elephant', wants one of"),
-    (lambda: draw_things(0, seed=0), "n: got 0, wants a whole number of things, from 1 to ten million"),
-    (lambda: ask(one_thing("ball"), 0, about=("smell",)), "about: got 'smell', wants one of kind, colour"),
-    (lambda: record(one_thing("ball"), 0, ("image", "smell")), "wants a tuple of sensors out of image, video"),
-    (lambda: record(one_thing("ball"), 0, "audio"), "modalities: got 'audio', wants a tuple"),
-    (lambda: record(one_thing("ball")[:0], 0), "things: got none, wants at least one"),
-    (lambda: split_things("training"), "name: got 'training', wants one of image_text"),
-])
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: one_thing("elephant"), "kind: got 'elephant', wants one of ball, box"),
+        (lambda: one_thing("ball", "pink"), "colour: got 'pink', wants one of red, orange"),
+        (
+            lambda: one_thing("ball", size="huge"),
+            f"size: got 'huge', wants one of {', '.join(SIZES)}",
+        ),
+        (
+            lambda: one_thing("ball", motion="flying"),
+            f"motion: got 'flying', wants one of {', '.join(MOTIONS)}",
+        ),
+        (lambda: make_shape("elephant"), "kind: got 'elephant', wants one of"),
+        (
+            lambda: draw_things(0, seed=0),
+            "n: got 0, wants a whole number of things, from 1 to ten million",
+        ),
+        (
+            lambda: ask(one_thing("ball"), 0, about=("smell",)),
+            "about: got 'smell', wants one of kind, colour",
+        ),
+        (
+            lambda: record(one_thing("ball"), 0, ("image", "smell")),
+            "wants a tuple of sensors out of image, video",
+        ),
+        (lambda: record(one_thing("ball"), 0, "audio"), "modalities: got 'audio', wants a tuple"),
+        (lambda: record(one_thing("ball")[:0], 0), "things: got none, wants at least one"),
+        (lambda: split_things("training"), "name: got 'training', wants one of image_text"),
+    ],
+)
 def test_bad_input_is_explained_in_one_line(call, message):
-    with pytest.raises(ValueError) as error: call()
+    with pytest.raises(ValueError) as error:
+        call()
     assert message in str(error.value) and "\n" not in str(error.value)

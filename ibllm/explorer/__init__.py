@@ -1,0 +1,1 @@
+"Mix modalities, move the cache, look inside, and watch the answer: what is shown, and the controls for it."

@@ -1,0 +1,5 @@
+"How files and arrays of every modality become tensors: a room for each modality, and the processor that joins them."
+from .processor import LOADERS, Processor
+from .sources import InputError
+
+__all__ = ["LOADERS", "InputError", "Processor"]
