@@ -9,24 +9,28 @@ __all__ = ['NORM_EPS', 'make_norm', 'BindBlock', 'BindNetwork']
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .files import refuse, shown
+
 # %% ../nbs/02_bind.ipynb #d8d2033c
 NORM_EPS = {"rms": 1e-6, "layer": 1e-5}
 
 
 def make_norm(kind: str, width: int) -> nn.Module:
-    "RMSNorm (`rms`, eps 1e-6) or LayerNorm with bias (`layer`, eps 1e-5), as in the released code."
+    """RMSNorm (`rms`, eps 1e-6), or LayerNorm with bias (`layer`, eps 1e-5) (released code).
+
+    Raises ValueError for another `kind`."""
     if kind not in NORM_EPS:
-        raise ValueError(f"norm: got {kind!r}, wants one of {sorted(NORM_EPS)}")
+        refuse("norm", shown(kind), f"one of {sorted(NORM_EPS)}")
     layer = nn.RMSNorm if kind == "rms" else nn.LayerNorm
     return layer(width, eps=NORM_EPS[kind])
 
 # %% ../nbs/02_bind.ipynb #07f0c74e
 class BindBlock(nn.Module):
-    """Residual SwiGLU block: `v + down(silu(gate(n)) * up(n))` with `n = norm(v)`, [B, H] → [B, H] (released code).
+    """Residual SwiGLU block: `v + down(silu(gate(n)) * up(n))` with `n = norm(v)` (released code).
 
     `norm="layer"` is the legacy form: LayerNorm, and biases on the three linear layers."""
 
-    def __init__(self, width: int, expansion: int = 4, norm: str = "rms"):
+    def __init__(self, width: int, expansion: int = 4, norm: str = "rms") -> None:
         super().__init__()
         inner, bias = expansion * width, norm == "layer"
         self.norm = make_norm(norm, width)
@@ -35,14 +39,16 @@ class BindBlock(nn.Module):
         self.down = nn.Linear(inner, width, bias=bias)  # F2
 
     def forward(self, v: Tensor) -> Tensor:
+        "`v` [..., width] to the same shape and dtype."
         n = self.norm(v)
         return v + self.down(F.silu(self.gate(n)) * self.up(n))
 
 # %% ../nbs/02_bind.ipynb #8724b148
 class BindNetwork(nn.Module):
-    """Maps features [B, feature_dim] to bind features [B, hidden_size], any float dtype (paper §3.2.1; released code).
+    """Maps features [B, feature_dim] to bind features [B, hidden_size].
 
-    `norm="layer"` builds the legacy form with LayerNorm and biases. Raises ValueError for another norm or width."""
+    Paper §3.2.1; released code. `norm="layer"` builds the legacy form with LayerNorm and biases.
+    Raises ValueError for another norm."""
 
     def __init__(
         self,
@@ -51,7 +57,7 @@ class BindNetwork(nn.Module):
         num_blocks: int = 3,
         expansion: int = 4,
         norm: str = "rms",
-    ):
+    ) -> None:
         super().__init__()
         make_norm(norm, 1)  # refuse a bad name even without blocks
         self.project = nn.Linear(feature_dim, hidden_size)
@@ -60,10 +66,11 @@ class BindNetwork(nn.Module):
         )
 
     def forward(self, feature: Tensor) -> Tensor:
+        """The bind feature [..., hidden_size] of `feature` [..., feature_dim], of the same dtype.
+
+        Raises ValueError for features of another width."""
         if feature.shape[-1] != self.project.in_features:
-            raise ValueError(
-                f"feature: got width {feature.shape[-1]}, wants {self.project.in_features}"
-            )
+            refuse("feature", f"width {feature.shape[-1]}", str(self.project.in_features))
         v = self.project(feature)
         for block in self.blocks:
             v = block(v)

@@ -9,6 +9,8 @@ __all__ = ['PatchStem', 'resize_positions', 'VideoStem', 'TextStem', 'IMUStem', 
 
 # %% ../nbs/04_encoders.ipynb #d1874e62
 import math
+from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,210 +27,220 @@ from ibllm.config import (
     TowerConfig,
     VisionConfig,
 )
+from .files import refuse, shown
 
 # %% ../nbs/04_encoders.ipynb #77f621f9
-def with_class_token(class_token, tokens):
+def with_class_token(class_token: Tensor, tokens: Tensor) -> Tensor:
     "Put the class token `[1, 1, width]` in front of `[B, L, width]`."
     return torch.cat([class_token.expand(len(tokens), -1, -1), tokens], 1)
 
 
-def convolve(x, weight, stride):
+def convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     "One linear map of every patch: `[B, C, H, W]` -> `[B, patches, width]`."
-    return F.conv2d(x, weight, stride=stride).flatten(2).transpose(1, 2)
+    maps = F.conv2d(x, weight, stride=stride)  # [B, width, rows, columns]
+    return maps.flatten(2).transpose(1, 2)  # [B, patches, width]
 
 # %% ../nbs/04_encoders.ipynb #96bed624
 class PatchStem(nn.Module):
-    "Grids `[B, channels, H, W]` to tokens `[B, 1 + patches, width]`, class token first, positions added."
+    """Grids `[B, channels, H, W]` to tokens `[B, 1 + patches, width]`.
 
-    def __init__(self, config: PatchConfig, tube=(), tubes=1):
+    The class token comes first, and positions are added. Raises ValueError for a grid that holds
+    no patch, or whose size the table of positions cannot be resized to."""
+
+    def __init__(self, config: PatchConfig, tube: tuple[int, ...] = (), tubes: int = 1) -> None:
         super().__init__()
         self.size, self.stride = config.size, config.stride
-        self.weight = nn.Parameter(
-            torch.empty(config.width, config.channels, *tube, config.kernel, config.kernel)
-        )
+        kernel = (*tube, config.kernel, config.kernel)
+        self.weight = nn.Parameter(torch.empty(config.width, config.channels, *kernel))
         self.norm = nn.LayerNorm(config.width) if config.stem_norm else nn.Identity()
         self.grid = (tubes, *self.patches(config.size))
         self.class_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.position = nn.Parameter(torch.empty(1, 1 + math.prod(self.grid), config.width))
 
-    def cut(self, x):
+    def cut(self, x: Tensor) -> Tensor:
+        "`[B, channels, H, W]` -> `[B, patches, width]`."
         return convolve(x, self.weight, self.stride)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         position = self.positions(tuple(x.shape[-2:]))
-        return (
-            with_class_token(self.class_token, self.norm(self.cut(x.to(self.weight.dtype))))
-            + position
-        )
+        tokens = self.norm(self.cut(x.to(self.weight.dtype)))
+        return with_class_token(self.class_token, tokens) + position
 
-    def patches(self, size):
+    def patches(self, size: tuple[int, ...]) -> tuple[int, ...]:
         "Number of patches along height and width of a grid of `size`."
         kernel = self.weight.shape[-1]
         if min(size) < kernel:
-            raise ValueError(
-                f"size: got {tuple(size)}; want at least one patch, {kernel} x {kernel}"
-            )
+            refuse("size", str(tuple(size)), f"at least one patch, {kernel} x {kernel}")
         return tuple((n - kernel) // self.stride + 1 for n in size)
 
-    def positions(self, size):
-        "The position table for inputs of `size`; raises ValueError if it cannot be resized to it."
+    def positions(self, size: tuple[int, ...]) -> Tensor:
+        "The position table for inputs of `size`: the one that is learned, resized if need be."
         if size == tuple(self.size):
             return self.position
         or_other = " or another square" if self.size[0] == self.size[1] else ""
         if size[0] != size[1] or not or_other:
-            raise ValueError(f"size: got {size}; want {tuple(self.size)}{or_other}")
+            refuse("size", str(size), f"{tuple(self.size)}{or_other}")
         return resize_positions(self.position, self.grid, (self.grid[0], *self.patches(size)))
 
 # %% ../nbs/04_encoders.ipynb #7d561711
-def resize_positions(table, old, new):
-    "Resize the patch rows of a table `[1, 1 + T*H*W, width]` from grid `old` to `new`, both (T, H, W) with the same T."
-    maps = table[:, 1:].unflatten(1, old)[0].permute(0, 3, 1, 2).float()  # [T, width, H, W]
-    rows = (
-        F.interpolate(maps, new[1:], mode="bicubic")
-        .permute(0, 2, 3, 1)
-        .reshape(1, -1, table.shape[2])
-    )
+def resize_positions(table: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+    """Resize the patch rows of a `table` `[1, 1 + T*H*W, width]` from grid `old` to `new`.
+
+    Both are (T, H, W) with the same T."""
+    maps = table[:, 1:].unflatten(1, old)[0]  # [T, H, W, width]
+    maps = maps.permute(0, 3, 1, 2).float()  # [T, width, H, W]
+    maps = F.interpolate(maps, new[1:], mode="bicubic")
+    rows = maps.permute(0, 2, 3, 1).reshape(1, -1, table.shape[2])  # [1, T*H*W, width]
     return torch.cat([table[:, :1], rows.to(table.dtype)], 1)
 
 # %% ../nbs/04_encoders.ipynb #ea07a306
 class VideoStem(PatchStem):
-    "`PatchStem` with a time axis: `[B, C, H, W]` or `[B, C, T, H, W]` with T = 1 or `frames`."
+    """`PatchStem` with a time axis: `[B, C, H, W]`, or `[B, C, T, H, W]` with T = 1 or `frames`.
 
-    def __init__(self, config: VisionConfig):
+    Raises ValueError for another number of frames."""
+
+    def __init__(self, config: VisionConfig) -> None:
         tube, tubes = config.kernel_frames, config.frames // config.kernel_frames
         if tube * tubes != config.frames:
-            raise ValueError(f"frames: got {config.frames}; want a multiple of {tube}")
+            refuse("frames", str(config.frames), f"a multiple of {tube}, `kernel_frames`")
         super().__init__(config, (tube,), tubes)
 
-    def cut(self, x):
+    def cut(self, x: Tensor) -> Tensor:
+        "Stills or videos to `[B, tubes * patches, width]`."
         tubes, tube = self.grid[0], self.weight.shape[2]
         if x.ndim == 4 or x.shape[2] == 1:
             still = x if x.ndim == 4 else x[:, :, 0]
             return convolve(still, self.weight.sum(2), self.stride).repeat(1, tubes, 1)
         if x.shape[2] != tubes * tube:
-            raise ValueError(f"video: got {x.shape[2]} frames; want 1 or {tubes * tube}")
-        x = (
-            x.unflatten(2, (tubes, tube)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-        )  # [B * tubes, C * tube, H, W]
-        return (
-            convolve(x, self.weight.flatten(1, 2), self.stride)
-            .unflatten(0, (-1, tubes))
-            .flatten(1, 2)
-        )
+            refuse("video", f"{x.shape[2]} frames", f"1 or {tubes * tube}")
+        x = x.unflatten(2, (tubes, tube)).transpose(1, 2)  # [B, tubes, C, tube, H, W]
+        x = x.flatten(2, 3).flatten(0, 1)  # [B * tubes, C * tube, H, W]
+        tokens = convolve(x, self.weight.flatten(1, 2), self.stride)  # [B * tubes, patches, width]
+        return tokens.unflatten(0, (-1, tubes)).flatten(1, 2)  # [B, tubes * patches, width]
 
 # %% ../nbs/04_encoders.ipynb #6b0613f7
 class TextStem(nn.Module):
-    "Ids `[B, length]` to tokens `[B, length, width]`, positions added; no class token."
+    """Ids `[B, length]` to tokens `[B, length, width]`, positions added; no class token.
 
-    def __init__(self, config: TextConfig):
+    Raises ValueError for more ids than there are positions."""
+
+    def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         self.position = nn.Parameter(torch.empty(1, config.context, config.width))
 
-    def forward(self, ids):
+    def forward(self, ids: Tensor) -> Tensor:
         limit = self.position.shape[1]
         if ids.shape[1] > limit:
-            raise ValueError(f"text: got {ids.shape[1]} ids; want at most {limit}")
+            refuse("text", f"{ids.shape[1]} ids", f"at most {limit}")
         return self.embedding(ids) + self.position[:, : ids.shape[1]]
 
 # %% ../nbs/04_encoders.ipynb #a63608fb
 class IMUStem(nn.Module):
-    "Readings `[B, channels, samples]` to tokens `[B, 1 + pieces, width]`, class token first, positions added."
+    """Readings `[B, channels, samples]` to tokens `[B, 1 + pieces, width]`.
 
-    def __init__(self, config: IMUConfig):
+    The class token comes first, and positions are added."""
+
+    def __init__(self, config: IMUConfig) -> None:
         super().__init__()
         self.kernel = config.kernel
+        pieces = config.samples // config.kernel
         self.projection = nn.Linear(config.channels * config.kernel, config.width, bias=False)
         self.norm = nn.LayerNorm(config.width) if config.stem_norm else nn.Identity()
         self.class_token = nn.Parameter(torch.empty(1, 1, config.width))
-        self.position = nn.Parameter(
-            torch.empty(1, 1 + config.samples // config.kernel, config.width)
-        )
+        self.position = nn.Parameter(torch.empty(1, 1 + pieces, config.width))
 
-    def cut(self, x):
-        return x.unfold(2, self.kernel, self.kernel).transpose(1, 2).flatten(2)
+    def cut(self, x: Tensor) -> Tensor:
+        "`[B, channels, samples]` -> `[B, pieces, channels * kernel]`."
+        pieces = x.unfold(2, self.kernel, self.kernel)  # [B, channels, pieces, kernel]
+        return pieces.transpose(1, 2).flatten(2)  # [B, pieces, channels * kernel]
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(self.projection(self.cut(x.to(self.position.dtype))))
         return with_class_token(self.class_token, tokens) + self.position
 
 # %% ../nbs/04_encoders.ipynb #ace3178b
 class SelfAttention(nn.Module):
-    "Multi-head self-attention `[B, L, width]` -> same. Raises ValueError if `heads` does not divide `width`."
+    """Multi-head self-attention `[B, L, width]` -> same.
 
-    def __init__(self, config: TowerConfig):
+    Raises ValueError if `heads` does not divide `width`."""
+
+    def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         width, self.heads = config.width, config.heads
         if width % self.heads:
-            raise ValueError(f"width: got {width}; want a multiple of heads, {self.heads}")
+            refuse("width", str(width), f"a multiple of `heads`, {self.heads}")
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.output = nn.Linear(width, width)
         self.bias_key = nn.Parameter(torch.empty(1, 1, width)) if config.bias_kv else None
         self.bias_value = nn.Parameter(torch.empty(1, 1, width)) if config.bias_kv else None
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.query_key_value(x)
-        return self.output(
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        )
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, heads, L, head_dim]
+        return self.output(seen.transpose(1, 2).flatten(2))  # of [B, L, width]
 
-    def query_key_value(self, x):
-        "Three tensors `[B, heads, length, head_dim]`; keys and values are one longer than queries if they have a bias."
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.bias_key is None:
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Three tensors `[B, heads, length, head_dim]`.
+
+        Keys and values are one longer than queries if they have a bias."""
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # [B, L, 3, heads, head_dim]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, head_dim]
+        if self.bias_key is None or self.bias_value is None:
             return q, k, v
         return q, self.append(k, self.bias_key), self.append(v, self.bias_value)
 
-    def append(self, t, bias):
+    def append(self, t: Tensor, bias: Tensor) -> Tensor:
         "`bias` `[1, 1, width]` as one more position of `t` `[B, heads, L, head_dim]`."
-        return torch.cat(
-            [t, bias.unflatten(2, (self.heads, -1)).transpose(1, 2).expand(len(t), -1, -1, -1)], 2
-        )
+        row = bias.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [1, heads, 1, head_dim]
+        return torch.cat([t, row.expand(len(t), -1, -1, -1)], 2)
 
 # %% ../nbs/04_encoders.ipynb #061b558d
-def drop_path(correction, rate):
-    "Zero all of an example's correction `[B, ...]` with probability `rate` and divide the others by 1 - `rate`."
-    kept = (
-        torch.rand(len(correction), *[1] * (correction.ndim - 1), device=correction.device) >= rate
-    )
+def drop_path(correction: Tensor, rate: float) -> Tensor:
+    """Zero all of an example's `correction` `[B, ...]` with probability `rate`.
+
+    The others are divided by 1 - `rate`, which keeps the mean."""
+    one_each = (len(correction), *[1] * (correction.ndim - 1))
+    kept = torch.rand(one_each, device=correction.device) >= rate
     return correction * (kept / (1 - rate)).to(correction.dtype)
 
 # %% ../nbs/04_encoders.ipynb #47757f6c
 class Block(nn.Module):
     "Pre-norm transformer block `[B, L, width]` -> same; exact GELU."
 
-    def __init__(self, config: TowerConfig, drop_path_rate=0.0):
+    def __init__(self, config: TowerConfig, drop_path_rate: float = 0.0) -> None:
         super().__init__()
-        width, hidden, self.drop_path_rate = (
-            config.width,
-            config.mlp_ratio * config.width,
-            drop_path_rate,
-        )
+        width, hidden = config.width, config.mlp_ratio * config.width
+        self.drop_path_rate = drop_path_rate
         self.attention_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.attention = SelfAttention(config)
         self.mlp_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.expand, self.contract = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
-    def dropped(self, x):
+    def dropped(self, x: Tensor) -> Tensor:
+        "A correction, in training with some examples' left out."
         return drop_path(x, self.drop_path_rate) if self.training and self.drop_path_rate else x
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x + self.dropped(self.attention(self.attention_norm(x), mask))
         return x + self.dropped(self.contract(F.gelu(self.expand(self.mlp_norm(x)))))
 
 # %% ../nbs/04_encoders.ipynb #ee1df53b
 class Transformer(nn.Module):
-    "A stack of blocks. `position`, if given, is added again before every block and stays in the sum (point tower)."
+    """A stack of blocks, `[B, L, width]` -> same.
 
-    def __init__(self, config: TowerConfig):
+    `position`, if given, is added again before every block and stays in the sum (point tower)."""
+
+    def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         rates = [config.drop_path * i / max(config.blocks - 1, 1) for i in range(config.blocks)]
-        self.norm = (
-            nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
-        )
+        norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
+        self.norm = norm
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
 
-    def forward(self, x, mask=None, position=None):
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, position: Tensor | None = None
+    ) -> Tensor:
         x = self.norm(x)
         for block in self.blocks:
             x = block(x if position is None else x + position, mask)
@@ -238,58 +250,72 @@ class Transformer(nn.Module):
 class Head(nn.Module):
     "LayerNorm, dropout, bias-free projection: `[B, width]` -> `[B, feature_dim]`."
 
-    def __init__(self, width, feature_dim, dropout=0.0):
+    def __init__(self, width: int, feature_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.dropout = nn.Dropout(dropout)
         self.projection = nn.Linear(width, feature_dim, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.projection(self.dropout(self.norm(x)))
 
 # %% ../nbs/04_encoders.ipynb #18d7dbf3
 class Tower(nn.Module):
-    "Stem, transformer, class token, head. Gives one pre-norm vector per example, `[B, feature_dim]`; checks nothing."
+    """Stem, transformer, class token, head: one pre-norm vector per example, `[B, feature_dim]`.
 
-    def __init__(self, config: TowerConfig, stem, feature_dim, head_width=None):
+    Checks nothing."""
+
+    log_logit_scale: Tensor | None
+
+    def __init__(
+        self,
+        config: TowerConfig,
+        stem: nn.Module,
+        feature_dim: int,
+        head_width: int | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.stem, self.transformer = config, stem, Transformer(config)
         self.head = Head(head_width or config.width, feature_dim, config.dropout)
-        log_scale = (
-            None if config.logit_scale is None else torch.tensor(math.log(config.logit_scale))
-        )
-        if config.learn_logit_scale:
+        scale = config.logit_scale
+        log_scale = None if scale is None else torch.tensor(math.log(scale))
+        if config.learn_logit_scale and log_scale is not None:
             self.log_logit_scale = nn.Parameter(log_scale)
         else:
             self.register_buffer("log_logit_scale", log_scale)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.head(self.transformer(self.stem(x))[:, 0])
 
     @property
-    def logit_scale(self):
-        "The factor on unit-length features: a scalar tensor, at most 100; 1.0 if the tower has none."
+    def logit_scale(self) -> Tensor | float:
+        "The factor on unit-length features: a scalar, at most 100; 1.0 if the tower has none."
         return 1.0 if self.log_logit_scale is None else self.log_logit_scale.exp().clamp(max=100)
 
 # %% ../nbs/04_encoders.ipynb #97b97521
 class TextTower(Tower):
-    "Causal attention, pooled where the id is largest: end-of-text. Ids `[B, length]` -> `[B, feature_dim]`."
+    """Causal attention, pooled where the id is largest: end-of-text.
 
-    def __init__(self, config: TextConfig, feature_dim):
+    Ids `[B, length]` -> `[B, feature_dim]`."""
+
+    causal_mask: Tensor
+
+    def __init__(self, config: TextConfig, feature_dim: int) -> None:
         super().__init__(config, TextStem(config), feature_dim)
-        self.register_buffer(
-            "causal_mask", torch.full((config.context, config.context), -math.inf).triu(1)
-        )
+        nothing = torch.full((config.context, config.context), -math.inf)
+        self.register_buffer("causal_mask", nothing.triu(1))
 
-    def forward(self, ids):
+    def forward(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]
         tokens = self.transformer(self.stem(ids), self.causal_mask[:length, :length])
         return self.head(tokens[torch.arange(len(ids), device=ids.device), ids.argmax(1)])
 
 # %% ../nbs/04_encoders.ipynb #82528e85
 @torch.no_grad()
-def farthest_points(points, count, start=0):
-    "Indices `[B, count]` into `points` `[B, N, 3]`. `start`: the first index, one for all or one per cloud."
+def farthest_points(points: Tensor, count: int, start: int | Tensor = 0) -> Tensor:
+    """Indices `[B, count]` into `points` `[B, N, 3]`.
+
+    `start`: the first index, one for all or one per cloud `[B]`."""
     rows = torch.arange(len(points), device=points.device)
     chosen = torch.empty(len(points), count, dtype=torch.long, device=points.device)
     chosen[:, 0] = torch.as_tensor(start, device=points.device)
@@ -302,60 +328,65 @@ def farthest_points(points, count, start=0):
 
 # %% ../nbs/04_encoders.ipynb #4ae1696e
 @torch.no_grad()
-def group_points(points, groups, group_size, start=0):
-    "Centres `[B, groups, 3]` of `points` `[B, N, 3]`; nearest points minus centre, `[B, groups, group_size, 3]`."
+def group_points(
+    points: Tensor, groups: int, group_size: int, start: int | Tensor = 0
+) -> tuple[Tensor, Tensor]:
+    """Centres `[B, groups, 3]` of `points` `[B, N, 3]`, and the points nearest to each.
+
+    These are given minus their centre, `[B, groups, group_size, 3]`. `start`: see
+    `farthest_points`. Raises ValueError for too few points."""
     need, count = max(groups, group_size), points.shape[1]
     if count < need:
-        raise ValueError(f"point: got {count} points; want at least {need}")
+        refuse("point", f"{count} points", f"at least {need}")
     rows = torch.arange(len(points), device=points.device)
     centres = points[rows[:, None], farthest_points(points, groups, start)]
-    distance = torch.cdist(
-        centres, points, compute_mode="donot_use_mm_for_euclid_dist"
-    )  # exact also for near points
+    exact = "donot_use_mm_for_euclid_dist"  # also for near points
+    distance = torch.cdist(centres, points, compute_mode=exact)  # [B, groups, N]
     nearest = distance.topk(group_size, largest=False, sorted=False).indices
     return centres, points[rows[:, None, None], nearest] - centres[:, :, None]
 
 # %% ../nbs/04_encoders.ipynb #dd147fa7
-def pointwise(convolution, x):
+def pointwise(convolution: nn.Conv1d, x: Tensor) -> Tensor:
     "A convolution of kernel 1 as a linear map of the last axis, which is faster."
-    return F.linear(x, convolution.weight.squeeze(2), convolution.bias)
+    weight = convolution.weight.squeeze(2)  # [out, in]
+    return F.linear(x, weight, convolution.bias)
 
 # %% ../nbs/04_encoders.ipynb #220389b4
 class GroupEncoder(nn.Module):
     "Groups of points `[B, G, n, 3]` -> `[B, G, widths[3]]`, blind to the order within a group."
 
-    def __init__(self, widths):
+    def __init__(self, widths: tuple[int, int, int, int]) -> None:
         super().__init__()
         a, b, c, d = widths
-        self.conv_1, self.batch_norm_1, self.conv_2 = (
-            nn.Conv1d(3, a, 1),
-            nn.BatchNorm1d(a),
-            nn.Conv1d(a, b, 1),
-        )
-        self.conv_3, self.batch_norm_2, self.conv_4 = (
-            nn.Conv1d(2 * b, c, 1),
-            nn.BatchNorm1d(c),
-            nn.Conv1d(c, d, 1),
-        )
+        self.conv_1 = nn.Conv1d(3, a, 1)
+        self.batch_norm_1 = nn.BatchNorm1d(a)
+        self.conv_2 = nn.Conv1d(a, b, 1)
+        self.conv_3 = nn.Conv1d(2 * b, c, 1)
+        self.batch_norm_2 = nn.BatchNorm1d(c)
+        self.conv_4 = nn.Conv1d(c, d, 1)
 
-    def beside_maximum(self, x):
+    def beside_maximum(self, x: Tensor) -> Tensor:
         "`conv_3` of [maximum over the group, own feature]; `x` is `[groups, n, b]`."
-        for_maximum, for_own = self.conv_3.weight.squeeze(2).chunk(2, 1)
-        return F.linear(x, for_own) + F.linear(
-            x.max(1, keepdim=True).values, for_maximum, self.conv_3.bias
-        )
+        for_maximum, for_own = self.conv_3.weight.squeeze(2).chunk(2, 1)  # [c, b] each
+        maximum = x.max(1, keepdim=True).values  # [groups, 1, b]
+        return F.linear(x, for_own) + F.linear(maximum, for_maximum, self.conv_3.bias)
 
-    def forward(self, groups):
-        x = self.batch_norm_1(pointwise(self.conv_1, groups.flatten(0, 2))).relu()
-        x = self.beside_maximum(pointwise(self.conv_2, x).unflatten(0, (-1, groups.shape[2])))
-        x = self.batch_norm_2(x.flatten(0, 1)).relu()
-        return pointwise(self.conv_4, x).unflatten(0, groups.shape[:3]).max(2).values
+    def forward(self, groups: Tensor) -> Tensor:
+        n = groups.shape[2]
+        x = pointwise(self.conv_1, groups.flatten(0, 2))  # [B * G * n, a]
+        x = pointwise(self.conv_2, self.batch_norm_1(x).relu())  # [B * G * n, b]
+        x = self.beside_maximum(x.unflatten(0, (-1, n)))  # [B * G, n, c]
+        x = self.batch_norm_2(x.flatten(0, 1)).relu()  # [B * G * n, c]
+        x = pointwise(self.conv_4, x).unflatten(0, groups.shape[:3])  # [B, G, n, d]
+        return x.max(2).values
 
 # %% ../nbs/04_encoders.ipynb #622a8d1f
 class PointStem(nn.Module):
-    "Clouds `[B, N, 3]` to tokens and their positions, both `[B, 1 + groups, width]`, class token first."
+    """Clouds `[B, N, 3]` to tokens and their positions, both `[B, 1 + groups, width]`.
 
-    def __init__(self, config: PointConfig):
+    The class token comes first. Raises ValueError for too few points."""
+
+    def __init__(self, config: PointConfig) -> None:
         super().__init__()
         width, self.groups, self.group_size = config.width, config.groups, config.group_size
         self.encoder = GroupEncoder(config.group_widths)
@@ -365,68 +396,72 @@ class PointStem(nn.Module):
         self.class_token = nn.Parameter(torch.empty(1, 1, width))
         self.class_position = nn.Parameter(torch.empty(1, 1, width))
 
-    def forward(self, points, start=0):
-        grouped = group_points(
-            points.float(), self.groups, self.group_size, start
-        )  # distances need float32
+    def forward(self, points: Tensor, start: int | Tensor = 0) -> tuple[Tensor, Tensor]:
+        points = points.float()  # distances need float32
+        grouped = group_points(points, self.groups, self.group_size, start)
         centres, groups = (t.to(self.class_token.dtype) for t in grouped)
-        return (
-            with_class_token(self.class_token, self.projection(self.encoder(groups))),
-            with_class_token(self.class_position, self.position(centres)),
-        )
+        tokens = with_class_token(self.class_token, self.projection(self.encoder(groups)))
+        return tokens, with_class_token(self.class_position, self.position(centres))
 
 # %% ../nbs/04_encoders.ipynb #c7c8bec7
 class PointTower(Tower):
-    "Point-BERT, `[B, N, 3]` -> `[B, feature_dim]`. `start`: first sampled point, one for all or one per cloud."
+    """Point-BERT, `[B, N, 3]` -> `[B, feature_dim]`.
 
-    def __init__(self, config: PointConfig, feature_dim):
+    `start`: first sampled point, one for all or one per cloud."""
+
+    def __init__(self, config: PointConfig, feature_dim: int) -> None:
         super().__init__(config, PointStem(config), feature_dim, config.projection_width)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.projection = nn.Parameter(torch.empty(2 * config.width, config.projection_width))
 
-    def trunk(self, points, start=0):
-        "Pooled `[B, projection_width]`: class token beside the maximum over groups, projected."
+    def trunk(self, points: Tensor, start: int | Tensor = 0) -> Tensor:
+        "Pooled `[B, projection_width]`: class token beside maximum over groups, projected."
         tokens, position = self.stem(points, start)
         tokens = self.norm(self.transformer(tokens, position=position))
         return torch.cat([tokens[:, 0], tokens[:, 1:].max(1).values], -1) @ self.projection
 
-    def forward(self, points, start=0):
+    def forward(self, points: Tensor, start: int | Tensor = 0) -> Tensor:
         return self.head(self.trunk(points, start))
 
 # %% ../nbs/04_encoders.ipynb #91d66d0d
-def is_map(module, name):
+def is_map(module: nn.Module, name: str) -> bool:
     "Whether a parameter multiplies its input, as against being looked up or added."
     return isinstance(module, (nn.Linear, nn.Conv1d, PatchStem)) and name == "weight"
 
 
-def shrink_corrections(blocks):
+def shrink_corrections(blocks: nn.ModuleList) -> None:
     "Let all corrections of a stack together be about as large as one."
-    for block in blocks:
+    for block in cast(Iterable[Block], blocks):
         for last in (block.attention.output, block.contract):
             last.weight.div_(math.sqrt(2 * len(blocks)))
 
 
+def init_parameter(module: nn.Module, name: str, p: nn.Parameter) -> None:
+    "The start value of `module`'s own parameter `p`, called `name`."
+    if name == "bias":
+        nn.init.zeros_(p)
+    elif is_map(module, name):
+        nn.init.trunc_normal_(p, std=p[0].numel() ** -0.5)
+    elif name == "projection":
+        nn.init.trunc_normal_(p, std=len(p) ** -0.5)
+    else:
+        nn.init.trunc_normal_(p, std=0.5)
+
+
 @torch.no_grad()
-def init_weights(module):
+def init_weights(module: nn.Module) -> None:
     "Start values of one module's own parameters; norms and logit scales already have theirs."
+    is_norm = isinstance(module, (nn.LayerNorm, nn.BatchNorm1d))
     for name, p in module.named_parameters(recurse=False):
-        if isinstance(module, (nn.LayerNorm, nn.BatchNorm1d)) or p.ndim == 0:
-            continue
-        if name == "bias":
-            nn.init.zeros_(p)
-        elif is_map(module, name):
-            nn.init.trunc_normal_(p, std=p[0].numel() ** -0.5)
-        elif name == "projection":
-            nn.init.trunc_normal_(p, std=len(p) ** -0.5)
-        else:
-            nn.init.trunc_normal_(p, std=0.5)
+        if not is_norm and p.ndim > 0:
+            init_parameter(module, name, p)
     if isinstance(module, VideoStem):
         module.weight.copy_(module.weight[:, :, :1] / math.sqrt(module.weight.shape[2]))
     if isinstance(module, Transformer):
         shrink_corrections(module.blocks)
 
 # %% ../nbs/04_encoders.ipynb #b8105b63
-def make_tower(name, config, feature_dim):
+def make_tower(name: str, config: Any, feature_dim: int) -> Tower:
     "The tower called `name` in an `ImageBindConfig`, with its own config."
     if name == "text":
         return TextTower(config, feature_dim)
@@ -437,66 +472,66 @@ def make_tower(name, config, feature_dim):
 
 # %% ../nbs/04_encoders.ipynb #4c7e22b8
 class ImageBind(nn.Module):
-    """One tower per modality, one joint space (arXiv 2305.05665). Image and video share the vision tower.
+    """One tower per modality, one joint space (arXiv 2305.05665).
 
-    Inputs are float tensors: image `[B, 3, H, W]`, video `[B, 3, T, H, W]`, audio `[B, 1, bins, frames]`,
-    point `[B, N, 3]`, depth and thermal `[B, 1, H, W]`, imu `[B, 6, samples]`; or int64 ids, text `[B, length]`.
-    An axis S after B means S clips of each example, which are averaged.
-    Inputs move to the model's device and float type by themselves.
-    """
+    Image and video share the vision tower. Inputs are float tensors: image `[B, 3, H, W]`, video
+    `[B, 3, T, H, W]`, audio `[B, 1, bins, frames]`, point `[B, N, 3]`, depth and thermal
+    `[B, 1, H, W]`, imu `[B, 6, samples]`; or int64 ids, text `[B, length]`. An axis S after B means
+    S clips of each example, which are averaged. Inputs move to the model's device and float type
+    by themselves. What does not fit raises ValueError."""
 
-    def __init__(self, config: ImageBindConfig):
+    def __init__(self, config: ImageBindConfig) -> None:
         super().__init__()
         self.config = config
-        self.towers = nn.ModuleDict(
-            {
-                name: make_tower(name, tower, config.feature_dim)
-                for name, tower in config.towers.items()
-            }
-        )
+        self.towers = nn.ModuleDict()
+        for name, tower in config.towers.items():
+            self.towers[name] = make_tower(name, tower, config.feature_dim)
         self.apply(init_weights)
 
-    def forward(self, inputs):
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         "`{modality: x}` -> `{modality: unit-length features [B, feature_dim]}`."
         return {modality: self.encode(modality, x) for modality, x in inputs.items()}
 
-    def tower(self, modality):
+    def tower(self, modality: str) -> Tower:
         "The tower that reads `modality`. Raises ValueError if there is none."
         known = [m for m, name in TOWER_OF.items() if name in self.towers]
         if modality not in known:
-            raise ValueError(f"modality {modality!r} is unknown; this model has {', '.join(known)}")
-        return self.towers[TOWER_OF[modality]]
+            refuse("modality", shown(modality), f"one of {', '.join(known)}")
+        return cast(Tower, self.towers[TOWER_OF[modality]])
 
-    def each_clip(self, modality, x, **options):
-        "Pre-norm vectors of all clips, `[B, S, feature_dim]`; without a clip axis S = 1."
+    def each_clip(self, modality: str, x: Tensor, **options: Any) -> Tensor:
+        """Pre-norm vectors of all clips, `[B, S, feature_dim]`; without a clip axis S = 1.
+
+        `options` go to the tower: a point tower takes `start`, the first sampled point."""
         tower = self.tower(modality)
         shape = clip_shape(modality, tower.config)
         check_shape(modality, x, shape)
         if modality == "text":
-            check_ids(x, tower.config.vocabulary)
+            check_ids(x, cast(TextConfig, tower.config).vocabulary)
         else:
             check_floats(modality, x)
-        clips = x if x.ndim == 2 + len(shape) else x[:, None]
-        vectors = tower(clips.flatten(0, 1).to(tower.head.projection.weight.device), **options)
-        return vectors.unflatten(0, clips.shape[:2])
+        clips = x if x.ndim == 2 + len(shape) else x[:, None]  # [B, S, *shape]
+        device = tower.head.projection.weight.device
+        vectors = tower(clips.flatten(0, 1).to(device), **options)  # [B * S, feature_dim]
+        return vectors.unflatten(0, clips.shape[:2])  # [B, S, feature_dim]
 
-    def prenorm(self, modality, x, **options):
-        "Head output, mean over clips: `[B, feature_dim]`. `start`: see `PointTower`. Raises ValueError for a bad `x`."
+    def prenorm(self, modality: str, x: Tensor, **options: Any) -> Tensor:
+        "Head output, mean over clips: `[B, feature_dim]`. `options` as in `each_clip`."
         return self.each_clip(modality, x, **options).mean(1)
 
-    def released(self, modality, x, **options):
-        "What the released code returns: unit length times logit scale, mean over clips. Otherwise as `prenorm`."
-        return (
-            F.normalize(self.each_clip(modality, x, **options), dim=-1)
-            * self.tower(modality).logit_scale
-        ).mean(1)
+    def released(self, modality: str, x: Tensor, **options: Any) -> Tensor:
+        """What the released code returns, `[B, feature_dim]`. `options` as in `each_clip`.
 
-    def encode(self, modality, x, **options):
-        "Unit-length features `[B, feature_dim]`. Otherwise as `prenorm`."
+        That is unit length times logit scale for each clip, then the mean over clips."""
+        clips = F.normalize(self.each_clip(modality, x, **options), dim=-1)
+        return (clips * self.tower(modality).logit_scale).mean(1)
+
+    def encode(self, modality: str, x: Tensor, **options: Any) -> Tensor:
+        "Unit-length features `[B, feature_dim]`. `options` as in `each_clip`."
         return F.normalize(self.released(modality, x, **options), dim=-1)
 
 # %% ../nbs/04_encoders.ipynb #5439a84b
-def clip_shape(modality, config):
+def clip_shape(modality: str, config: Any) -> tuple[int | str, ...]:
     "Axes of one clip: a number must match, a letter is free here."
     if modality == "video":
         return (config.channels, "T", "H", "W")
@@ -509,51 +544,58 @@ def clip_shape(modality, config):
     return (config.channels, "H", "W")
 
 
-def check_shape(modality, x, shape):
+def has_shape(x: Tensor, shape: tuple[int | str, ...]) -> bool:
+    "Whether `x` is `[B, *shape]` or `[B, S, *shape]`."
+    if x.ndim - len(shape) not in (1, 2):
+        return False
+    pairs = zip(shape, x.shape[-len(shape) :])
+    return all(isinstance(wanted, str) or wanted == got for wanted, got in pairs)
+
+
+def check_shape(modality: str, x: Any, shape: tuple[int | str, ...]) -> None:
     "Raise ValueError unless `x` is `[B, *shape]` or, with S clips each, `[B, S, *shape]`."
-    want = f"[B, {', '.join(map(str, shape))}] or, with S clips each, [B, S, {', '.join(map(str, shape))}]"
-    got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-    fits = isinstance(x, torch.Tensor) and x.ndim - len(shape) in (1, 2)
-    if not fits or any(
-        isinstance(n, int) and n != m for n, m in zip(shape, x.shape[-len(shape) :])
-    ):
-        raise ValueError(f"{modality}: got {got}; want {want}")
+    axes = ", ".join(map(str, shape))
+    wants = f"[B, {axes}] or, with S clips each, [B, S, {axes}]"
+    if not isinstance(x, Tensor):
+        refuse(modality, type(x).__name__, wants)
+    if not has_shape(x, shape):
+        refuse(modality, str(list(x.shape)), wants)
     if x.numel() == 0:
-        raise ValueError(f"{modality}: got an empty tensor {got}; want {want}")
+        refuse(modality, f"an empty tensor {list(x.shape)}", wants)
 
 # %% ../nbs/04_encoders.ipynb #ef67fcd2
-def check_floats(modality, x):
+def check_floats(modality: str, x: Tensor) -> None:
     "Raise ValueError unless `x` holds finite floats."
     if not x.is_floating_point():
-        raise ValueError(f"{modality}: got {x.dtype}; want floats as ibllm.inputs makes them")
+        refuse(modality, str(x.dtype), "floats as `ibllm.inputs` makes them")
     if not x.isfinite().all():
-        raise ValueError(f"{modality}: got NaN or infinite values; want finite ones")
+        refuse(modality, "NaN or infinite values", "finite ones")
 
 
-def check_ids(ids, vocabulary):
+def check_ids(ids: Tensor, vocabulary: int) -> None:
     "Raise ValueError unless `ids` are integers below `vocabulary`."
     if ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"text: got {ids.dtype}; want int64 token ids")
+        refuse("text", str(ids.dtype), "int64 token ids")
     low, high = ids.min().item(), ids.max().item()
     if low < 0 or high >= vocabulary:
-        raise ValueError(f"text: got ids from {low} to {high}; want 0 to {vocabulary - 1}")
+        refuse("text", f"ids from {low} to {high}", f"0 to {vocabulary - 1}")
 
 # %% ../nbs/04_encoders.ipynb #4751b8a2
 @torch.no_grad()
 def extract_features(
     encoder: ImageBind, modality: str, tensors: Tensor, chunk: int = 500
 ) -> Tensor:
-    "Unit features `[N, D]` of a large batch, computed in chunks."
+    "Unit features `[N, D]` of a large batch, computed `chunk` at a time."
     return torch.cat([encoder.encode(modality, part) for part in tensors.split(chunk)])
 
 # %% ../nbs/04_encoders.ipynb #d78bbbab
 def encoder_fingerprint(encoder: nn.Module) -> str:
-    """Some weights of `encoder`, such as `model.encoder.tower("image")`, as text; "" if they are not in memory yet.
+    """Some weights of `encoder`, such as `model.encoder.tower("image")`, as text.
 
-    It is the middle one of each of its tensors; half precision hardly changes them."""
-    weights = [
-        w for _, w in sorted(encoder.state_dict().items()) if w.is_floating_point() and w.numel()
-    ]
+    It is the middle one of each of its tensors; half precision hardly changes them. "" if they are
+    not in memory yet."""
+    state = sorted(encoder.state_dict().items())
+    weights = [w for _, w in state if w.is_floating_point() and w.numel()]
     if any(w.is_meta for w in weights):
         return ""
     middle = torch.stack([w.flatten()[w.numel() // 2].float() for w in weights])
@@ -561,16 +603,17 @@ def encoder_fingerprint(encoder: nn.Module) -> str:
 
 
 def _numbers(fingerprint: str) -> np.ndarray:
+    "The numbers in `fingerprint`."
     try:
         return np.array(fingerprint.split(), dtype=float)
-    except ValueError as error:
-        raise ValueError(
-            f"fingerprint: got {fingerprint!r:.60}, wants what `encoder_fingerprint` gives"
-        ) from error
+    except ValueError:
+        refuse("fingerprint", shown(fingerprint), "what `encoder_fingerprint` gives")
 
 # %% ../nbs/04_encoders.ipynb #d53eda3a
 def same_encoder(first: str, second: str) -> bool:
-    'Whether two fingerprints may be of one encoder, up to the rounding of half precision; "" is unknown, and may.'
+    """Whether two fingerprints may be of one encoder, up to the rounding of half precision.
+
+    "" is unknown, and may be. Raises ValueError for what is no fingerprint."""
     if not first or not second:
         return True
     ours, theirs = _numbers(first), _numbers(second)

@@ -12,105 +12,116 @@ import math
 import platform
 import resource
 import statistics
+from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 import torch
+from scipy.stats import binomtest, norm
 from torch import Tensor
 from torch.nn import functional as F
 
-from .files import check_name, make_folder, project_folder, write_atomically
+from ibllm.files import (
+    check_name,
+    make_folder,
+    project_folder,
+    refuse,
+    shown,
+    write_atomically,
+)
 
 # %% ../nbs/11_evaluation.ipynb #c3cd2e9f
 def wilson(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Interval for an accuracy in [0, 1] measured on `n` examples (Wilson 1927); `z` = 1.96 makes it the 95 % one.
+    """Interval for an accuracy in [0, 1] measured on `n` examples (Wilson 1927).
 
-    Raises ValueError for an accuracy out of range or no examples."""
+    `z` = 1.96 makes it the 95 % one. Of n examples a whole number is right, so `accuracy` counts
+    as the nearest such share. Raises ValueError for an accuracy out of range or no examples."""
     if not 0 <= accuracy <= 1:
-        raise ValueError(f"accuracy: got {accuracy}, wants a share from 0 to 1")
+        refuse("accuracy", shown(accuracy), "a share from 0 to 1")
     if n < 1:
-        raise ValueError(f"n: got {n}, wants 1 or more examples")
-    centre, half = (
-        accuracy + z * z / (2 * n),
-        z * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n)),
-    )
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+        refuse("n", shown(n), "1 or more examples")
+    level = float(2 * norm.cdf(z) - 1)
+    interval = binomtest(round(accuracy * n), n).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def summary(values: list[float]) -> dict:
-    "`{mean, spread, seeds}`: mean and sample standard deviation of the values that the seeds gave, and the values."
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """`{mean, spread, seeds}` of the values that the seeds gave.
+
+    Mean and sample standard deviation, and the values, to four decimals. Raises ValueError for
+    none, and for what is no finite number."""
     if not values or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-        raise ValueError(f"values: got {values or 'none'}, wants a finite number per seed")
+        refuse("values", shown(values) if values else "none", "a finite number per seed")
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return dict(
-        mean=round(statistics.fmean(values), 4),
-        spread=round(spread, 4),
-        seeds=[round(v, 4) for v in values],
-    )
+    return {
+        "mean": round(statistics.fmean(values), 4),
+        "spread": round(spread, 4),
+        "seeds": [round(value, 4) for value in values],
+    }
 
 # %% ../nbs/11_evaluation.ipynb #d41759b9
-def mcnemar(before: Tensor, after: Tensor) -> dict:
-    """Exact two-sided McNemar test of two bool `[N]`, right or wrong on the same questions: `{fixed, broken, p}`.
+def mcnemar(before: Tensor, after: Tensor) -> dict[str, Any]:
+    """Exact two-sided McNemar test of two bool `[N]`, right or wrong on the same questions.
 
-    Raises ValueError if the lengths differ."""
+    Returns `{fixed, broken, p}`. Raises ValueError if the lengths differ."""
     if before.shape != after.shape:
-        raise ValueError(
-            f"after: got {len(after)} answers, wants {len(before)}, to the questions of `before`"
-        )
+        got = f"{len(after)} answers"
+        refuse("after", got, f"{len(before)}, to the questions of `before`")
     fixed, broken = int((after & ~before).sum()), int((before & ~after).sum())
-    n, low = fixed + broken, min(fixed, broken)
-    p = min(1.0, 2 * sum(math.comb(n, i) for i in range(low + 1)) / 2**n)
-    return dict(fixed=fixed, broken=broken, p=p)
+    p = float(binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
+    return {"fixed": fixed, "broken": broken, "p": p}
 
 # %% ../nbs/11_evaluation.ipynb #e7c26b93
-def paired_difference(before: Tensor, after: Tensor) -> dict:
-    """How much more often `after` is right than `before`: `{mean, low, high, p, seeds}`, with a 95 % interval.
+def paired_difference(before: Tensor, after: Tensor) -> dict[str, Any]:
+    """How much more often `after` is right than `before`: `{mean, low, high, p, seeds}`.
 
-    Both are `[N]` or `[seeds, ..., N]`, shares in [0, 1] (or bool) about the same N things; all that was asked about a
-    thing is averaged and counts once. Interval and two-sided p speak of other *things*; `seeds`, the difference of
-    each seed, shows what other trainings would do. Raises ValueError for unequal shapes or fewer than two things."""
+    Both are `[N]` or `[seeds, ..., N]`, shares in [0, 1] (or bool) about the same N things; all
+    that was asked about a thing is averaged and counts once. The 95 % interval and the two-sided p
+    speak of other *things*; `seeds`, the difference of each seed, shows what other trainings would
+    do. Raises ValueError for unequal shapes or fewer than two things."""
     if before.shape != after.shape or before.shape[-1] < 2:
-        raise ValueError(
-            f"after: got {list(after.shape)} for {list(before.shape)}, wants equal shapes, 2 things up"
-        )
+        got = f"{list(after.shape)} for {list(before.shape)}"
+        refuse("after", got, "equal shapes, of two things or more")
     difference = after.double() - before.double()
-    seeds = [
-        round(d.mean().item(), 4) for d in (difference if difference.ndim > 1 else difference[None])
-    ]
-    difference = difference.reshape(-1, before.shape[-1]).mean(0)
-    mean, error = difference.mean().item(), difference.std().item() / math.sqrt(len(difference))
+    by_seed = difference if difference.ndim > 1 else difference[None]
+    seeds = [round(one.mean().item(), 4) for one in by_seed]
+    each = difference.reshape(-1, before.shape[-1]).mean(0)  # [N]
+    mean, error = each.mean().item(), each.std().item() / math.sqrt(len(each))
     p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(mean == 0)
-    interval = dict(low=round(mean - 1.96 * error, 4), high=round(mean + 1.96 * error, 4))
-    return dict(mean=round(mean, 4), **interval, p=p, seeds=seeds)
+    low, high = round(mean - 1.96 * error, 4), round(mean + 1.96 * error, 4)
+    return {"mean": round(mean, 4), "low": low, "high": high, "p": p, "seeds": seeds}
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
-    "p values of several tests, raised so that all together err in at most the stated share of cases (Holm 1979)."
+    """p values of several tests, raised for their number (Holm 1979), by the same names.
+
+    All together err in at most the stated share of cases."""
     raised, highest = {}, 0.0
-    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p))
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
         raised[name] = highest
     return {name: raised[name] for name in p_values}
 
 # %% ../nbs/11_evaluation.ipynb #ed4c9f15
 def neighbour_vote(features: Tensor, memory: Tensor, labels: Tensor, k: int = 10) -> Tensor:
-    """For features `[N,D]`, the label most frequent among the `k` most similar rows of `memory [M,D]`: int64 `[N]`.
+    """For features `[N,D]`, the label most frequent among the `k` most similar rows of a memory.
 
-    `labels`: int64 `[M]`; of labels equally frequent the lowest wins. Raises ValueError for a `k` not within 1…M."""
+    `memory [M,D]` has `labels`, int64 `[M]`; of labels equally frequent the lowest wins. Returns
+    int64 `[N]`. Raises ValueError for a `k` not within 1…M."""
     if not 1 <= k <= len(memory):
-        raise ValueError(f"k: got {k}, wants 1 to {len(memory)}, the size of the memory")
+        refuse("k", shown(k), f"1 to {len(memory)}, the size of the memory")
     if len(labels) != len(memory):
-        raise ValueError(f"labels: got {len(labels)}, wants {len(memory)}, one per row")
+        refuse("labels", str(len(labels)), f"{len(memory)}, one per row")
     nearest = (features @ memory.T).topk(k).indices
     return F.one_hot(labels[nearest]).sum(1).argmax(1)
 
 # %% ../nbs/11_evaluation.ipynb #ec1b480b
-def _cosines(a, b):
+def _cosines(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     "All similarities `[N,N]` and those of matching rows `[N]`."
     if a.shape != b.shape or a.ndim != 2 or len(a) < 2:
-        raise ValueError(
-            f"b: got {list(b.shape)} for {list(a.shape)}, wants two or more rows that match those of `a`"
-        )
+        got = f"{list(b.shape)} for {list(a.shape)}"
+        refuse("b", got, "two or more rows that match those of `a`")
     cosines = a @ b.T
     return cosines, cosines.diagonal()
 
@@ -118,49 +129,57 @@ def _cosines(a, b):
 def modality_gap(a: Tensor, b: Tensor) -> dict[str, float]:
     """How features `a` and `b`, both `[N,D]` with matching rows, lie to each other.
 
-    `centroid`: distance of the means; `pair`: mean cosine of matching rows; `other`: of the other rows. Raises
-    ValueError for fewer than two rows, or unequal shapes."""
+    `centroid`: distance of the means; `pair`: mean cosine of matching rows; `other`: of the other
+    rows. Raises ValueError for fewer than two rows, or unequal shapes."""
     cosines, own = _cosines(a, b)
     other = (cosines.sum() - own.sum()) / (cosines.numel() - len(a))
-    return dict(
-        centroid=(a.mean(0) - b.mean(0)).norm().item(), pair=own.mean().item(), other=other.item()
-    )
+    centroid = (a.mean(0) - b.mean(0)).norm()
+    return {"centroid": centroid.item(), "pair": own.mean().item(), "other": other.item()}
 
 
 def recall_at(a: Tensor, b: Tensor, k: int = 1) -> float:
-    "How often the matching row of `b` is among the `k` most similar to a row of `a`. A tie counts as a miss."
+    """How often the matching row of `b` is among the `k` most similar to a row of `a`.
+
+    Both are `[N,D]`. A tie counts as a miss. Raises ValueError as `modality_gap`."""
     cosines, own = _cosines(a, b)
-    return ((cosines >= own[:, None]).sum(1) <= k).float().mean().item()
+    rank = (cosines >= own[:, None]).sum(1)  # 1 for the most similar
+    return (rank <= k).float().mean().item()
 
 # %% ../nbs/11_evaluation.ipynb #c9695095
 def separability(a: Tensor, b: Tensor) -> float:
-    """How often a linear classifier tells rows of `a` from rows of `b`, both `[N,D]`: 0.5 (not at all) to 1.
+    """How often a linear classifier tells rows of `a` from rows of `b`, both `[N,D]`.
 
-    It is fitted to the even rows by least squares and asked about the odd ones. Raises ValueError as `modality_gap`."""
+    From 0.5 (not at all) to 1. It is fitted to the even rows by least squares and asked about the
+    odd ones. Raises ValueError as `modality_gap`."""
     _cosines(a, b)
-    x = torch.cat([torch.stack([a, b]), torch.ones(2, len(a), 1)], 2).double()
+    x = torch.cat([torch.stack([a, b]), torch.ones(2, len(a), 1)], 2).double()  # [2, N, D + 1]
     sign = torch.tensor([1.0, -1.0]).double()[:, None].expand(2, len(a))
-    even, odd = (x[:, start::2].flatten(0, 1) for start in (0, 1))
-    weights = torch.linalg.lstsq(
-        even.T @ even + 1e-6 * torch.eye(x.shape[2]), even.T @ sign[:, ::2].flatten()
-    ).solution
+    even = x[:, 0::2].flatten(0, 1)  # [rows, D + 1], as odd
+    odd = x[:, 1::2].flatten(0, 1)
+    gram = even.T @ even + 1e-6 * torch.eye(x.shape[2])
+    weights = torch.linalg.lstsq(gram, even.T @ sign[:, 0::2].flatten()).solution
     return ((odd @ weights).sign() == sign[:, 1::2].flatten()).float().mean().item()
 
 
 def purity(a: Tensor, b: Tensor, k: int = 10) -> float:
-    """Share, among the `k` most similar features of both, of those of the own one, mean over all rows of `a` and `b`,
-    `[N,D]` each. The row itself and the matching row of the other do not count. Raises ValueError as `modality_gap`."""
+    """Share of a row's own modality among the `k` features most similar to it.
+
+    The mean over all rows of `a` and `b`, `[N,D]` each. The row itself and the matching row of the
+    other do not count. Raises ValueError as `modality_gap`."""
     _cosines(a, b)
-    both, modality = torch.cat([a, b]), torch.arange(2).repeat_interleave(len(a))
+    both = torch.cat([a, b])  # [2N, D]
+    modality = torch.arange(2).repeat_interleave(len(a))
     row = torch.arange(len(a)).repeat(2)
-    nearest = (both @ both.T).masked_fill(row[:, None] == row, -torch.inf).topk(k).indices
+    cosines = (both @ both.T).masked_fill(row[:, None] == row, -torch.inf)
+    nearest = cosines.topk(k).indices
     return (modality[nearest] == modality[:, None]).float().mean().item()
 
 # %% ../nbs/11_evaluation.ipynb #b4b12edf
 RESULTS = Path("data/results")
 
 
-def _results_path(name, folder):
+def _results_path(name: str, folder: Path | None) -> Path:
+    "Where results called `name` are kept."
     check_name(name)
     return Path(folder or project_folder() / RESULTS) / f"{name}.json"
 
@@ -174,46 +193,46 @@ def _versions() -> dict[str, str]:
 
 
 def save_results(
-    name: str, values: dict, seconds: float, settings: dict, folder: Path | None = None
+    name: str,
+    values: dict[str, Any],
+    seconds: float,
+    settings: dict[str, Any],
+    folder: Path | None = None,
 ) -> Path:
-    """Write `values` as `NAME.json` with duration, this process's peak memory (MB), versions and `settings`; its path.
+    """Write `values` as `NAME.json`, with duration, this process's peak memory (MB) and versions.
 
-    `settings` say what the numbers were measured with: recipes, weights, whatever another run would have to repeat.
-    Raises ValueError for what JSON cannot hold, as infinity or NaN, and for a name that leads to another folder."""
+    `settings`, which are kept too, say what the numbers were measured with: recipes, weights,
+    whatever another run would have to repeat. Returns the path. Raises ValueError for what JSON
+    cannot hold, as infinity or NaN, and for a name that leads to another folder."""
     path = _results_path(name, folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
-    settings = {"threads": torch.get_num_threads(), **settings}
-    record = dict(
-        values,
-        seconds=round(seconds, 1),
-        peak_mb=round(peak),
-        versions=_versions(),
-        settings=settings,
-    )
+    record = values | {
+        "seconds": round(seconds, 1),
+        "peak_mb": round(peak),
+        "versions": _versions(),
+        "settings": {"threads": torch.get_num_threads(), **settings},
+    }
     try:
         text = json.dumps(record, indent=1, allow_nan=False)
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"values: wants what JSON can hold ({e})") from None
+    except (TypeError, ValueError) as error:
+        refuse("values", f"what JSON cannot hold ({error})", "numbers, texts, lists and dicts")
     make_folder(path.parent)
     write_atomically(path, lambda part: part.write_text(text + "\n"))
     return path
 
 # %% ../nbs/11_evaluation.ipynb #09c9efb6
-def load_results(name: str, folder: Path | None = None) -> dict:
-    "What `save_results` wrote. Raises FileNotFoundError or, for a file that is no JSON object, ValueError."
+def load_results(name: str, folder: Path | None = None) -> dict[str, Any]:
+    """What `save_results` wrote.
+
+    Raises FileNotFoundError or, for a file that is no JSON object, ValueError."""
     path = _results_path(name, folder)
+    file, way = f"results {path.name}", "run the notebook that writes it"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"results {path.name}: no such file; run the notebook that writes it"
-        )
+        refuse(file, "no such file", f"one; {way}", FileNotFoundError)
     try:
         found = json.loads(path.read_text(), parse_constant=int)  # which refuses NaN
-    except (ValueError, RecursionError) as e:
-        raise ValueError(
-            f"results {path.name}: not JSON ({e}); run the notebook that writes it again"
-        ) from None
-    if isinstance(found, dict):
-        return found
-    raise ValueError(
-        f"results {path.name}: holds a {type(found).__name__}, wants an object; run the notebook again"
-    )
+    except (ValueError, RecursionError) as error:
+        refuse(file, f"what is not JSON ({error})", f"an object; {way} again")
+    if not isinstance(found, dict):
+        refuse(file, f"a {type(found).__name__}", f"an object; {way} again")
+    return found

@@ -9,14 +9,22 @@ __all__ = ['shown', 'refuse', 'project_folder', 'write_atomically', 'make_folder
 import json
 import os
 import re
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # %% ../nbs/00_files.ipynb #c708b8b3
-def shown(value) -> str:
+def shown(value: object) -> str:
     "`value` as a refusal quotes it: its `repr` on one line, at most 60 characters."
-    return f"{' '.join(repr(value).split()):.60}"
+    if isinstance(value, (str, bytes)):
+        value = value[:1000]
+    try:
+        text = repr(value)
+    except Exception:  # too many digits, nested too deep, or broken itself
+        text = f"something of type {type(value).__name__}"
+    return f"{' '.join(text.split()):.60}"
 
 
 def refuse(name: str, got: str, wants: str, kind: type[Exception] = ValueError) -> NoReturn:
@@ -27,18 +35,23 @@ def refuse(name: str, got: str, wants: str, kind: type[Exception] = ValueError) 
 
 # %% ../nbs/00_files.ipynb #b0f21209
 def project_folder() -> Path:
-    "The folder with `nbs` and `data`: the working folder or one above. Raises FileNotFoundError outside a checkout."
-    for folder in (Path.cwd(), *Path.cwd().parents):
+    """The folder with `nbs` and `data`: the working folder or one above.
+
+    Raises FileNotFoundError outside a checkout."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
         if (folder / "nbs").is_dir() and (folder / "data").is_dir():
             return folder
-    raise FileNotFoundError(
-        "project folder: the working folder is not inside a checkout of ibllm; start in one"
-    )
+    refuse("working folder", shown(str(here)), "one inside a checkout of ibllm", FileNotFoundError)
 
 # %% ../nbs/00_files.ipynb #c60ac8d0
-def write_atomically(path: Path, write):
-    "Let `write` fill a temporary file beside `path`, then move it to `path`: nobody ever reads half a file."
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it to `path`.
+
+    Nobody ever reads half a file: if `write` raises, `path` stays as it was, and nothing is
+    left beside it."""
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f"{path.name}.{writer}.part")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -46,44 +59,54 @@ def write_atomically(path: Path, write):
         temporary.unlink(missing_ok=True)
 
 # %% ../nbs/00_files.ipynb #5d1c07aa
-def make_folder(folder, argument: str = "folder") -> Path:
-    "The path of `folder`, which is made if need be. Raises OSError, with the `argument` it came from, if it cannot be."
+def make_folder(folder: str | Path, argument: str = "folder") -> Path:
+    """The path of `folder`, which is made if need be.
+
+    `argument` is what it is called in errors. Raises TypeError for what is no path, ValueError
+    for a path that no folder can have, and OSError if the folder cannot be made."""
     if not isinstance(folder, (str, Path)):
-        raise TypeError(f"{argument}: got {type(folder).__name__}, wants the path of a folder")
+        refuse(argument, type(folder).__name__, "the path of a folder", TypeError)
+    got, wants = f"{str(folder)!r:.200}", "a folder that can be written"
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = f"{argument}: got {str(folder)!r:.200}, wants a folder that can be written ({error.strerror})"
-        raise OSError(error.errno, reason) from error
+        message = f"{argument}: got {got}, wants {wants} ({error.strerror})"
+        raise OSError(error.errno, message) from error
+    except ValueError:  # a zero byte, or half a character
+        refuse(argument, got, wants)
     return Path(folder)
 
 
-def check_name(name: str):
+def check_name(name: str) -> None:
     "Raise ValueError unless files can be called `name`; no name leads to another folder."
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,99}", name):
-        raise ValueError(
-            f"name: got {name!r:.60}, wants the name of a file: letters, digits, dots and dashes"
-        )
+        refuse("name", shown(name), "the name of a file: letters, digits, dots and dashes")
 
 # %% ../nbs/00_files.ipynb #4eda0667
-def read_record(path: Path) -> dict:
-    "The JSON object in `path`; {} if there is no such file."
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; {} if there is no such file.
+
+    Raises ValueError for what is no JSON object, and OSError for a file that cannot be read."""
     if not path.exists():
         return {}
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
-        raise ValueError(f"path: {path.name!r} is not a record (a JSON object)")
+        refuse("path", shown(path.name), "a record (a JSON object)")
     return record
 
 # %% ../nbs/00_files.ipynb #5ea0b2b0
 @contextmanager
-def loading(what: str, wanted: str):
-    "Turn whatever a library raises about a file of somebody else's into one line."
+def loading(what: str, wanted: str) -> Iterator[None]:
+    """Turn whatever a library raises about a file of somebody else's into one line, a ValueError.
+
+    `what` is the argument and its value, such as "folder: 'x'"; `wanted` is what it should have
+    held."""
+    name, _, value = what.partition(": ")
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{what} cannot be loaded as {wanted} ({reason})") from error
+        refuse(name, f"{value}, which cannot be loaded ({reason})", wanted)

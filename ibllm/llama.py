@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'gated_attention', 'base_model', 'enable_injection', 'value_states', 'GatedInjection', 'merged', 'quiet',
-           'base_fingerprint', 'check_base']
+           'base_fingerprint', 'check_base', 'value_fingerprint', 'check_values']
 
 # %% ../nbs/03_llama.ipynb #b94203f8
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,152 +29,164 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from .files import loading
+from .files import loading, refuse, shown
 
 # %% ../nbs/03_llama.ipynb #6a140866
-def _check_gated_values(values: Tensor, output: Tensor, depth: int):
-    "`values` [B, L ≤ depth, heads, head_dim] must fit an attention `output` [B, T, heads, head_dim]."
+def _check_gated_values(values: Tensor, output: Tensor, depth: int) -> None:
+    "`values` [B, L ≤ depth, heads, head_dim] must fit the `output` [B, T, heads, head_dim]."
     (batch, _, heads, head_dim), got = output.shape, tuple(values.shape)
     if len(got) != 4 or got[0] != batch or got[2:] != (heads, head_dim):
-        raise ValueError(
-            f"gated_values: got shape {got}, wants ({batch}, layers, {heads}, {head_dim})"
-        )
+        refuse("gated_values", f"shape {got}", f"({batch}, layers, {heads}, {head_dim})")
     if got[1] > depth:
-        raise ValueError(
-            f"gated_values: got {got[1]} layers, wants at most {depth}, the decoder's depth"
-        )
+        refuse("gated_values", f"{got[1]} layers", f"at most {depth}, the decoder's depth")
 
 # %% ../nbs/03_llama.ipynb #fd6cbaee
 ATTENTION = "gated_sdpa"  # our name in transformers' registries
 
 
 def gated_attention(
-    module: nn.Module,
-    query,
-    key,
-    value,
-    attention_mask,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     gated_values: Tensor | None = None,
-    **kwargs,
-):
-    """Scaled dot-product attention plus the layer's row of `gated_values` [B, L, heads, head_dim], on every token.
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention plus the layer's row of `gated_values`, on every token.
 
-    The L rows belong to the last L layers of the decoder. Without `gated_values` this is the plain attention."""
-    output, weights = sdpa_attention_forward(
-        module, query, key, value, attention_mask, **kwargs
-    )  # [B, T, heads, d]
+    `gated_values` is [B, L, heads, head_dim]; its L rows belong to the last L layers of the
+    decoder. Without it this is the plain attention. Raises ValueError for a shape that does not
+    fit."""
+    output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if gated_values is None:
         return output, weights
     depth = module.config.num_hidden_layers
     _check_gated_values(gated_values, output, depth)
     row = module.layer_idx - (depth - gated_values.shape[1])
-    return output if row < 0 else output + gated_values[:, row, None].to(output), weights
+    if row >= 0:
+        output = output + gated_values[:, row, None].to(output)  # [B, T, heads, head_dim]
+    return output, weights
 
 
 AttentionInterface.register(ATTENTION, gated_attention)
-
-
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 # %% ../nbs/03_llama.ipynb #cfd29de3
 def base_model(llm: nn.Module) -> PreTrainedModel:
     "The Hugging Face model inside a PEFT wrapper, or `llm` itself."
-    return llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+    wrapper: Any = llm
+    return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
 
 # %% ../nbs/03_llama.ipynb #4a75d0d6
 class _TakesGatedValues:
     "Mixed into a model's class: lets `generate` pass `gated_values` on to `forward`."
 
-    def _validate_model_kwargs(self, model_kwargs):
-        super()._validate_model_kwargs(
-            {name: value for name, value in model_kwargs.items() if name != "gated_values"}
-        )
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        others = {name: value for name, value in model_kwargs.items() if name != "gated_values"}
+        super()._validate_model_kwargs(others)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache
 def _injectable(kind: type) -> type:
+    "`kind` with `_TakesGatedValues` mixed in, under the same name."
     return type(kind.__name__, (_TakesGatedValues, kind), {"__module__": kind.__module__})
 
 
-def _attentions(llm: nn.Module) -> list[nn.Module]:
-    "The attention modules of a decoder, first layer first."
-    return [
-        getattr(layer, "self_attn", None)
-        for layer in getattr(base_model(llm).get_decoder(), "layers", [])
-    ]
+def _attentions(llm: nn.Module) -> list[Any]:
+    "The attention modules of a decoder, first layer first; none if it has no such layers."
+    model = base_model(llm)
+    layers = getattr(model.get_decoder(), "layers", []) if hasattr(model, "get_decoder") else []
+    return [getattr(layer, "self_attn", None) for layer in layers]
+
+
+def _is_enabled(llm: nn.Module) -> bool:
+    "Whether each layer of `llm` calls `gated_attention`; others ignore `gated_values`."
+    configs = [getattr(attention, "config", None) for attention in _attentions(llm)]
+    names = {getattr(config, "_attn_implementation", None) for config in configs}
+    return names == {ATTENTION}
 
 # %% ../nbs/03_llama.ipynb #9db31fb2
 def enable_injection(llm: nn.Module) -> nn.Module:
-    """Let `llm`, a Hugging Face decoder (with PEFT or not), take `gated_values` in `forward` and `generate`; return it.
+    """Let a Hugging Face decoder (with PEFT or not) take `gated_values`; return it.
 
-    Changes the attention function's name and the class: no weight, no hook, no state. Doing it twice is harmless.
-    Raises ValueError for a model whose layers have no separate value projection `self_attn.v_proj`."""
-    model = base_model(llm)
-    attentions = _attentions(llm) if isinstance(model, PreTrainedModel) else []
+    `forward` and `generate` take them. Changes the attention function's name and the class: no
+    weight, no hook, no state. Doing it twice is harmless. Raises ValueError for a model whose
+    layers have no separate value projection `self_attn.v_proj`, or whose attention function
+    transformers cannot exchange."""
+    model, attentions = base_model(llm), _attentions(llm)
     if not attentions or not all(hasattr(attention, "v_proj") for attention in attentions):
-        raise ValueError(
-            f"llm: got {type(model).__name__}, wants a decoder whose layers have `self_attn.v_proj`"
-        )
-    if not isinstance(model, _TakesGatedValues):
+        refuse("llm", type(model).__name__, "a decoder whose layers have `self_attn.v_proj`")
+    if not _is_enabled(llm):
         model.set_attn_implementation(ATTENTION)
+    if not _is_enabled(llm):
+        refuse("llm", type(model).__name__, "a decoder whose attention function can be exchanged")
+    if not isinstance(model, _TakesGatedValues):
         model.__class__ = _injectable(type(model))
     return llm
 
 # %% ../nbs/03_llama.ipynb #e5012b22
-def _bare(projection: nn.Module) -> nn.Module:
+def _bare(projection: Any) -> nn.Module:
     "The linear layer inside a LoRA wrapper; refuses one whose LoRA was merged into it."
     if getattr(projection, "merged", False):
-        raise ValueError(
-            "llm: got LoRA merged into `v_proj`, wants the bare projection; call `unmerge_adapter()`"
-        )
+        wants = "the bare projection; call `unmerge_adapter()`"
+        refuse("llm", "LoRA merged into `v_proj`", wants)
     return projection.get_base_layer() if hasattr(projection, "get_base_layer") else projection
 
 # %% ../nbs/03_llama.ipynb #7b0ac7b0
-def value_states(attention: nn.Module, x: Tensor) -> Tensor:
-    "Frozen value projection of `x` [B, H] without bias and LoRA, one row per query head: [B, heads, head_dim]."
-    projection = _bare(attention.v_proj)
+def value_states(attention: Any, x: Tensor) -> Tensor:
+    """Frozen value projection of `x` [B, H], one row per query head: [B, heads, head_dim].
+
+    Without bias and LoRA, in the projection's dtype. Raises ValueError if LoRA is merged into
+    it."""
+    projection: Any = _bare(attention.v_proj)
     weight, bias = projection.weight, projection.bias
     if not weight.is_meta:
         x = x.to(weight.device)  # of offloaded weights (meta) only the layer's call knows
-    x = x.to(weight.dtype) if weight.is_floating_point() else x
+    if weight.is_floating_point():
+        x = x.to(weight.dtype)
     values = projection(x)
     if bias is not None:
         values = values - (projection(torch.zeros_like(x[:1])) if bias.is_meta else bias)
-    values = values.unflatten(-1, (-1, attention.head_dim))
+    values = values.unflatten(-1, (-1, attention.head_dim))  # [B, value heads, head_dim]
     return values.repeat_interleave(attention.num_key_value_groups, dim=1)
 
 # %% ../nbs/03_llama.ipynb #b64dba24
 class GatedInjection(nn.Module):
-    """Learned queries [layers, hidden_size] ~ N(0, 1) and gates [layers, num_heads] = 0 (paper §3.2.1; released code).
+    """Learned queries and gates (paper §3.2.1; released code).
 
+    `queries` [layers, hidden_size] are drawn from N(0, 1), `gates` [layers, num_heads] are 0.
     `layers` of the decoder's `num_layers` are injected, counted from the last one; None means all.
     Raises ValueError if `layers` is not in 1 … `num_layers`."""
 
     def __init__(
         self, hidden_size: int, num_layers: int, num_heads: int, layers: int | None = None
-    ):
+    ) -> None:
         super().__init__()
         layers = num_layers if layers is None else layers
         if not 1 <= layers <= num_layers:
-            raise ValueError(f"layers: got {layers}, wants 1 to {num_layers}, the decoder's depth")
+            refuse("layers", str(layers), f"1 to {num_layers}, the decoder's depth")
         self.queries = nn.Parameter(torch.randn(layers, hidden_size))
         self.gates = nn.Parameter(torch.zeros(layers, num_heads))
 
     def gated_values(self, bind_feature: Tensor, llm: nn.Module) -> Tensor:
-        "What `llm` adds in its last layers for `bind_feature` [B, H]: [B, layers, heads, head_dim], the gates' dtype."
+        """What `llm` adds in its last layers for `bind_feature` [B, H].
+
+        That is [B, layers, heads, head_dim], in the gates' dtype. Raises ValueError for an `llm`
+        that would ignore it, and for one with LoRA merged into a value projection."""
+        if not _is_enabled(llm):
+            got = f"{type(base_model(llm)).__name__} without injection"
+            refuse("llm", got, "one that `enable_injection` has returned")
         attentions = _attentions(llm)[-len(self.gates) :]
-        values = [
-            value_states(attention, bind_feature + query)
-            for attention, query in zip(attentions, self.queries)
-        ]
-        return (
-            torch.stack([value.to(self.gates) for value in values], dim=1)
-            * torch.tanh(self.gates)[:, :, None]
-        )
+        rows = []
+        for attention, query in zip(attentions, self.queries):
+            rows.append(value_states(attention, bind_feature + query).to(self.gates))
+        gates = torch.tanh(self.gates)[:, :, None]  # [layers, heads, 1]
+        return torch.stack(rows, dim=1) * gates
 
 # %% ../nbs/03_llama.ipynb #5c1f0a75
-def _may_merge(name: str, layer: nn.Module, head: nn.Module | None) -> bool:
-    "Whether `layer` is a LoRA around a plain matrix in memory that is neither injected nor shared, and is in use."
+def _may_merge(name: str, layer: Any, head: nn.Module | None) -> bool:
+    "Whether `layer` is LoRA, in use, on a plain matrix in memory, not injected and not shared."
     if not hasattr(layer, "lora_A") or name.endswith("v_proj") or layer is head:
         return False
     if layer.merged or layer.disable_adapters or any(layer.lora_bias.values()):
@@ -184,15 +197,18 @@ def _may_merge(name: str, layer: nn.Module, head: nn.Module | None) -> bool:
 # %% ../nbs/03_llama.ipynb #5c1f0a73
 @contextmanager
 def merged(llm: nn.Module) -> Iterator[nn.Module]:
-    """Within the `with`, LoRA of `llm` is part of its weights, for quicker answers; afterwards they are as they were.
+    """Within the `with`, LoRA of `llm` is part of its weights; afterwards they are as they were.
 
-    `v_proj`, whose bare weight is injected, the output layer, and weights that are quantised or offloaded are left
-    alone. Needs memory for a second copy of what is merged. Within another `merged` it does nothing. Unlike the
-    injection it changes the model: no other thread may use it meanwhile, and LoRA would learn nothing."""
-    head = getattr(
-        base_model(llm), "get_output_embeddings", lambda: None
-    )()  # may share its weight with the embeddings
-    layers = [layer for name, layer in llm.named_modules() if _may_merge(name, layer, head)]
+    Answers come quicker. `v_proj`, whose bare weight is injected, the output layer, and weights
+    that are quantised or offloaded are left alone. Needs memory for a second copy of what is
+    merged. Within another `merged` it does nothing. Unlike the injection it changes the model: no
+    other thread may use it meanwhile, and LoRA would learn nothing."""
+    find_head = getattr(base_model(llm), "get_output_embeddings", None)
+    head = find_head() if find_head else None  # may share its weight with the embeddings
+    layers: list[Any] = []
+    for name, layer in llm.named_modules():
+        if _may_merge(name, layer, head):
+            layers.append(layer)
     bare = [layer.get_base_layer().weight.data for layer in layers]
     try:
         for layer in layers:
@@ -205,72 +221,122 @@ def merged(llm: nn.Module) -> Iterator[nn.Module]:
 
 # %% ../nbs/03_llama.ipynb #06740213
 @contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     "No progress bars of transformers, and no warning about a deprecated name that PEFT uses."
-    shown = transformers_logging.is_progress_bar_enabled()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
+    deprecated = "`is_gradient_checkpointing` is deprecated"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
-            )
+            warnings.filterwarnings("ignore", deprecated, FutureWarning)
             yield
     finally:
-        if shown:
+        if bars:
             transformers_logging.enable_progress_bar()
 
 # %% ../nbs/03_llama.ipynb #349770a4
 def bare_weights(llm: nn.Module) -> dict[str, Tensor]:
-    "State dict of the Hugging Face model inside `llm`, under its own names and without what PEFT added."
+    """State dict of the Hugging Face model inside `llm`, as if PEFT had never been there.
+
+    Under the model's own names, and without what PEFT added. Raises ValueError if LoRA is merged
+    into any weight."""
     if any(getattr(module, "merged", False) for module in llm.modules()):
-        raise ValueError("llm: got merged LoRA, wants bare weights; call `unmerge_adapter()`")
+        refuse("llm", "merged LoRA", "bare weights; call `unmerge_adapter()`")
     added = re.compile(r"\.(lora_\w+|modules_to_save)\.")
     renamed = re.compile(r"\.(base_layer|original_module)\.")
-    return {
-        renamed.sub(".", name): p
-        for name, p in base_model(llm).state_dict().items()
-        if not added.search(name)
-    }
+    weights = base_model(llm).state_dict()
+    return {renamed.sub(".", name): p for name, p in weights.items() if not added.search(name)}
 
 # %% ../nbs/03_llama.ipynb #1b01a627
-def base_fingerprint(llm: nn.Module) -> str | None:
-    "Some weights of `llm` that no adapter changes, as text; None if they are not floats in memory (quantised, say)."
-    frozen = [
-        w
-        for name, w in bare_weights(llm).items()
-        if name.endswith(("embed_tokens.weight", "v_proj.weight"))
-    ]
-    if not all(w.is_floating_point() and not w.is_meta for w in frozen):
+def _sample(weights: Iterable[Tensor], digits: int) -> str | None:
+    "Four numbers of each of `weights`, as text; None if they are not floats in memory."
+    parts = []
+    for weight in weights:
+        if not weight.is_floating_point() or weight.is_meta:
+            return None
+        parts.append(weight.detach().flatten()[weight.numel() // 8 :: weight.numel() // 4].float())
+    if not parts:
         return None
-    sample = torch.cat(
-        [w.flatten()[w.numel() // 8 :: w.numel() // 4].float().cpu() for w in frozen]
-    )
-    return " ".join(f"{x:.4g}" for x in sample.tolist())
+    numbers = torch.cat([part.to(parts[0].device) for part in parts]).tolist()
+    return " ".join(f"{x:.{digits}g}" for x in numbers)
+
+
+def _numbers(fingerprint: str) -> np.ndarray:
+    "The numbers in `fingerprint`."
+    try:
+        return np.array(fingerprint.split(), dtype=float)
+    except (AttributeError, ValueError):
+        refuse("fingerprint", shown(fingerprint), "the text that a fingerprint is")
+
+
+def _close(ours: np.ndarray, theirs: np.ndarray, rtol: float, atol: float) -> bool:
+    "Whether there are as many of both, and they agree."
+    return len(ours) == len(theirs) and np.allclose(ours, theirs, rtol=rtol, atol=atol)
+
+
+def base_fingerprint(llm: nn.Module) -> str | None:
+    """Some weights of `llm` that no adapter changes, as text.
+
+    None if they are not floats in memory (quantised, say). Raises ValueError if LoRA is merged."""
+    frozen = ("embed_tokens.weight", "v_proj.weight")
+    return _sample((w for name, w in bare_weights(llm).items() if name.endswith(frozen)), 4)
 
 
 def check_base(llm: nn.Module, recorded: str | None) -> bool:
-    "Whether `llm` could be compared with `recorded`. Raises ValueError if it is another language model."
+    """Whether `llm` could be compared with `recorded`, the `base_fingerprint` of an adapter's llm.
+
+    Raises ValueError if it is another language model."""
     found = base_fingerprint(llm)
     if not found or not recorded:
         return False
-    ours, theirs = ([float(x) for x in text.split()] for text in (found, recorded))
-    if len(ours) != len(theirs) or not np.allclose(ours, theirs, rtol=0.01, atol=1e-6):
-        raise ValueError(
-            "llm: got another language model than the adapter was trained with (its weights differ)"
-        )
+    if not _close(_numbers(found), _numbers(recorded), rtol=0.01, atol=1e-6):
+        got = "another language model than the adapter was trained with"
+        refuse("llm", got, "that one; the weights differ")
+    return True
+
+# %% ../nbs/03_llama.ipynb #1b01a629
+def value_fingerprint(llm: nn.Module) -> str | None:
+    """A few numbers of each layer's bare value matrix, as text, for `check_values` later.
+
+    None if they are not floats in memory. Raises ValueError if LoRA is merged into one."""
+    projections: list[Any] = [_bare(attention.v_proj) for attention in _attentions(llm)]
+    return _sample((projection.weight for projection in projections), 9)
+
+
+def check_values(llm: nn.Module, recorded: str | None) -> bool:
+    """Whether `llm` could be compared with `recorded`, its own `value_fingerprint` of before.
+
+    Raises ValueError if a value matrix changed since, by more than half precision rounds off:
+    `merge_and_unload` changes it without leaving another trace. Costs one wait for a GPU, if the
+    weights are there."""
+    found = value_fingerprint(llm)
+    if not found or not recorded:
+        return False
+    if found == recorded:
+        return True
+    ours, theirs = _numbers(found), _numbers(recorded)
+    rounding = 2**-8  # of bfloat16, twice
+    # merging and unmerging rounds off a share of LoRA, which may be larger than a small weight
+    usual = float(np.abs(theirs[np.isfinite(theirs)]).sum()) / len(theirs)
+    if not _close(ours, theirs, rtol=rounding, atol=rounding * usual):
+        got = "value matrices other than the injection was made for (LoRA merged into `v_proj`?)"
+        refuse("llm", got, "the bare ones; load the model anew")
     return True
 
 # %% ../nbs/03_llama.ipynb #377108ce
-def read_llm(source: str | Path, what: str, **options) -> nn.Module:
-    "The language model that transformers finds in `source`, called `what` in errors. Runs no code that came with it."
+MOST_LAYERS = 1000
+
+
+def read_llm(source: str | Path, what: str, **options: Any) -> nn.Module:
+    """The language model that transformers finds in `source`, with the injection enabled.
+
+    `what` is the argument and its value, such as "folder: 'x'", for errors; `options` go to
+    `from_pretrained`. Runs no code that came with the model. Raises ValueError for what is no
+    language model, or none that can be injected."""
+    options = {"trust_remote_code": False, **options}
     with quiet(), loading(what, "a language model"):
-        depth = (
-            AutoConfig.from_pretrained(source, trust_remote_code=False)
-            .get_text_config()
-            .num_hidden_layers
-        )
-        if depth > 1000:
-            raise ValueError(f"it claims {depth} layers, wants at most 1000")
-        return AutoModelForCausalLM.from_pretrained(
-            source, **{"trust_remote_code": False, **options}
-        )
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        depth = config.get_text_config().num_hidden_layers
+        if depth > MOST_LAYERS:
+            refuse("num_hidden_layers", str(depth), f"at most {MOST_LAYERS}")
+        return enable_injection(AutoModelForCausalLM.from_pretrained(source, **options))

@@ -9,9 +9,10 @@ __all__ = ['IMAGE_SUFFIXES', 'write_shard', 'Shards', 'embed_images']
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,51 +22,64 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .files import read_record, write_atomically
+from .files import read_record, refuse, write_atomically
 
 # %% ../nbs/05_shards.ipynb #dc1f2682
-def check_feature_shape(features: Tensor, name: str, width: int | None = None):
+def check_feature_shape(features: Tensor, name: str, width: int | None = None) -> None:
     "Raise ValueError unless `features` are a tensor [B, D], with D = `width` if that is given."
-    if not torch.is_tensor(features) or features.ndim != 2:
-        got = tuple(features.shape) if torch.is_tensor(features) else type(features).__name__
-        raise ValueError(f"{name}: got {got}, wants a tensor [B, {width or 'D'}]")
+    if not isinstance(features, Tensor):
+        refuse(name, type(features).__name__, f"a tensor [B, {width or 'D'}]")
+    if features.ndim != 2:
+        refuse(name, str(tuple(features.shape)), f"a tensor [B, {width or 'D'}]")
     if width and features.shape[1] != width:
-        raise ValueError(
-            f"{name}: got width {features.shape[1]}, wants {width}, the width of this memory"
-        )
+        refuse(name, f"width {features.shape[1]}", f"{width}, the width of this memory")
+
+
+def _first_row(bad: Tensor, rows: Sequence[int] | Tensor | None) -> int:
+    "The number of the first row that is `bad` [B]: its place, or what `rows` call it."
+    first = int(bad.int().argmax())
+    return first if rows is None else int(rows[first])
 
 
 def check_features(
-    features: Tensor, name: str, width: int | None = None, rows: Sequence[int] | None = None
+    features: Tensor,
+    name: str,
+    width: int | None = None,
+    rows: Sequence[int] | Tensor | None = None,
 ) -> Tensor:
-    "Detached float32 CPU copy of `features`, or one line saying what is wrong with them; `rows` are their numbers."
+    """`features` [B, D], detached, as float32 in main memory.
+
+    Raises ValueError for another shape, and for a row that is zero or not finite; `rows` are the
+    numbers by which that calls them."""
     check_feature_shape(features, name, width)
     features = features.detach().float().cpu()
-    finite, zero = features.isfinite().all(dim=1), (features == 0).all(dim=1)
-    for bad, got, wants in (
-        (~finite, "NaN or infinite values", "finite features"),
-        (zero, "a zero vector", "features of unit length"),
-    ):
-        if bad.any():
-            first = int(bad.int().argmax())
-            raise ValueError(
-                f"{name}: got {got} in row {first if rows is None else int(rows[first])}, wants {wants}"
-            )
+    infinite = ~features.isfinite().all(dim=1)
+    zero = (features == 0).all(dim=1)
+    if infinite.any():
+        got = f"NaN or infinite values in row {_first_row(infinite, rows)}"
+        refuse(name, got, "finite features")
+    if zero.any():
+        got = f"a zero vector in row {_first_row(zero, rows)}"
+        refuse(name, got, "features that point somewhere")
     return features.contiguous()
 
 # %% ../nbs/05_shards.ipynb #078222f7
 def _shard_path(folder: str | Path, number: int) -> Path:
+    "Where shard `number` lies in `folder`."
     return Path(folder) / f"{number:06d}.safetensors"
 
 
 def write_shard(features: Tensor, folder: str | Path, number: int) -> Path:
-    "Write `features` [n, D] to `folder` as shard `number`, in their own precision; its path. Raises OSError."
+    """Write `features` [n, D], in their own precision, to `folder` as shard `number`; its path.
+
+    Raises OSError if that cannot be written."""
     path = _shard_path(folder, number)
     path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"features": features.contiguous()}
     try:
-        write_atomically(path, lambda part: save_file({"features": features.contiguous()}, part))
+        write_atomically(path, lambda part: save_file(tensors, part))
     except SafetensorError as error:
-        raise OSError(f"folder: cannot write {str(path)!r}: {error}") from error
+        refuse("folder", repr(str(path)), f"a file that can be written ({error})", OSError)
     return path
 
 
@@ -77,32 +91,39 @@ def _read_shard(path: Path) -> Tensor:
         with safe_open(path, "pt") as file:
             return file.get_tensor("features")
     except (SafetensorError, ValueError, TypeError, EOFError) as error:
-        raise ValueError(
-            f"features: shard {path.name} holds no features ({error})".replace("\n", " ")
-        ) from error
+        reason = " ".join(str(error).split())
+        wants = "a tensor named 'features', or an array in a .npy file"
+        refuse("features", f"shard {path.name} without features ({reason})", wants)
 
 # %% ../nbs/05_shards.ipynb #8acecfa7
-class Shards(Sequence):
-    """The features in `folder`, a sequence of tensors [n, D]: its `.safetensors` and `.npy` files in order of name.
+class Shards(Sequence[Tensor]):
+    """The features in `folder`, a sequence of tensors [n, D]: its `.safetensors` and `.npy` files.
 
-    A safetensors file holds one tensor named `features`, an npy file one array. Of a folder that `embed_images` wrote,
-    only its own files count. Raises ValueError if there is none, or if `embed_images` has not finished there."""
+    They come in order of name. A safetensors file holds one tensor named `features`, an npy file
+    one array. Of a folder that `embed_images` wrote, only its own files count. Raises ValueError if
+    there is none, or if `embed_images` has not finished there."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.paths = sorted(
-            path for path in self.folder.glob("*") if path.suffix in (".safetensors", ".npy")
-        )
         self.record = read_record(self.folder / "shards.json")
-        wanted = self.record.get("shards", len(self.paths) or 1)
-        if self.record:
-            self.paths = [path for n in range(wanted) if (path := _shard_path(folder, n)).exists()]
+        self.paths = self._own() if self.record else self._all()
+        wanted = self.record.get("shards", 1)
         if len(self.paths) < wanted:
-            raise ValueError(
-                f"features: folder {self.folder.name!r} holds {len(self.paths)} shards, wants {wanted}"
-            )
+            got = f"{len(self.paths)} shards in folder {self.folder.name!r}"
+            refuse("features", got, str(wanted))
 
-    def __len__(self):
+    def _own(self) -> list[Path]:
+        "The files of those shards that the record counts, as far as they exist."
+        numbers = range(self.record.get("shards", 0))
+        paths = [_shard_path(self.folder, number) for number in numbers]
+        return [path for path in paths if path.exists()]
+
+    def _all(self) -> list[Path]:
+        "Every file in the folder that may be a shard."
+        suffixes = (".safetensors", ".npy")
+        return sorted(path for path in self.folder.glob("*") if path.suffix in suffixes)
+
+    def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, number: int) -> Tensor:
@@ -112,7 +133,7 @@ class Shards(Sequence):
 CHUNK = 16_384  # features read, checked and added at a time; 64 MB at width 1024
 
 
-def _alike(parts: Iterable[Tensor]) -> Iterable[Tensor]:
+def _alike(parts: Iterable[Tensor]) -> Iterator[Tensor]:
     "`parts` as they come, each a tensor [n, D] with the same D."
     width = None
     for part in parts:
@@ -121,14 +142,16 @@ def _alike(parts: Iterable[Tensor]) -> Iterable[Tensor]:
         yield part
 
 
-def regrouped(parts: Iterable[Tensor], start: int = 0) -> Iterable[Tensor]:
+def regrouped(parts: Iterable[Tensor], start: int = 0) -> Iterator[Tensor]:
     "The rows of `parts` from `start` on, `CHUNK` at a time, however they were grouped."
     held, room = [], CHUNK
     for part in _alike(parts):
-        part, start = part[start:], max(0, start - len(part))
-        while len(part):
-            held.append(part[:room])
-            part, room = part[room:], room - len(held[-1])
+        rest = part[start:]
+        start = max(0, start - len(part))
+        while len(rest):
+            piece, rest = rest[:room], rest[room:]
+            held.append(piece)
+            room -= len(piece)
             if not room:
                 yield torch.cat(held)
                 held, room = [], CHUNK
@@ -137,44 +160,51 @@ def regrouped(parts: Iterable[Tensor], start: int = 0) -> Iterable[Tensor]:
 
 # %% ../nbs/05_shards.ipynb #675b0218
 @contextmanager
-def feature_parts(features, path: Path | None):
-    "What `build` takes as `features`, as a sequence of tensors; what can be read once only is put into shards first."
-    if torch.is_tensor(features):
+def feature_parts(
+    features: Tensor | str | Path | Iterable[Tensor], path: Path | None
+) -> Iterator[Sequence[Tensor]]:
+    """`features` as a sequence of tensors [n, D], which can be read again and again.
+
+    What can be read once only is kept in shards meanwhile: beside `path`, or in the system's
+    temporary folder."""
+    if isinstance(features, Tensor):
         yield [features]
     elif isinstance(features, (str, Path)):
         yield Shards(features)
     elif isinstance(features, Sequence):
         yield features
     else:
-        beside = dict(prefix=f"{path.name}.", suffix=".part", dir=path.parent) if path else {}
-        with tempfile.TemporaryDirectory(**beside) as folder:
+        prefix, where = (f"{path.name}.", path.parent) if path else (None, None)
+        with tempfile.TemporaryDirectory(prefix=prefix, suffix=".part", dir=where) as folder:
             chunks = tqdm(regrouped(features), delay=5, unit=" chunks")
             written = [write_shard(chunk, folder, number) for number, chunk in enumerate(chunks)]
             yield Shards(folder) if written else []
 
 
 def extent(parts: Sequence[Tensor]) -> tuple[int, int]:
-    "Number of features in `parts`, and their width."
+    "Number of features in `parts`, and their width. Raises ValueError if there are none."
     count = width = 0
     for part in _alike(parts):
         count, width = count + len(part), part.shape[1]
     if not count:
-        raise ValueError("features: got an empty memory, wants at least one feature")
+        refuse("features", "an empty memory", "at least one feature")
     return count, width
 
 # %% ../nbs/05_shards.ipynb #bb76aec5
-def unit_chunks(parts: Sequence[Tensor], start: int, width: int) -> Iterable[Tensor]:
-    "Checked features of unit length from row `start` on, `CHUNK` at a time."
+def unit_chunks(parts: Sequence[Tensor], start: int, width: int) -> Iterator[Tensor]:
+    "Checked features [n, `width`] of unit length from row `start` on, `CHUNK` at a time."
     for chunk in regrouped(parts, start):
-        yield F.normalize(
-            check_features(chunk, "features", width, range(start, start := start + len(chunk))),
-            dim=1,
-        )
+        rows = range(start, start + len(chunk))
+        start = rows.stop
+        yield F.normalize(check_features(chunk, "features", width, rows), dim=1)
 
 
 def sample_features(parts: Sequence[Tensor], count: int, size: int) -> Tensor:
-    "`size` of the `count` features in `parts`, the same ones every time, of unit length; all if there are fewer."
-    rows = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:size].sort().values
+    """`size` of the `count` features in `parts`, the same ones every time; all if there are fewer.
+
+    They are checked, of unit length, and in the order that they have there: [size, D]."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randperm(count, generator=draw)[:size].sort().values
     first, drawn = 0, []
     for part in parts:
         inside = rows[(rows >= first) & (rows < first + len(part))]
@@ -182,75 +212,75 @@ def sample_features(parts: Sequence[Tensor], count: int, size: int) -> Tensor:
         first += len(part)
     return F.normalize(torch.cat(drawn), dim=1)
 
+# %% ../nbs/05_shards.ipynb #169609fa
+def _encoded(encode: Callable[[list[Any]], Tensor], images: list[Any], first: int) -> Tensor:
+    "The features of `images`, in main memory; `first` is the number of the first of them."
+    features = encode(images)
+    check_feature_shape(features, "encode")
+    if len(features) != len(images):
+        refuse("encode", f"{len(features)} features of {len(images)} images", "one for each")
+    check_features(features, "encode", rows=range(first, first + len(images)))
+    return features.detach().cpu()
+
+
+def _digest_of_names(images: Sequence[Any]) -> str:
+    "What tells lists of paths apart; anything but a path has no name."
+    names = [str(image) if isinstance(image, (str, Path)) else "" for image in images]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def _claim(folder: Path, images: Sequence[Any], size: int, fingerprint: str) -> None:
+    "Record in `folder` what its shards are made from. Raises ValueError if it is something else."
+    if not len(images):
+        refuse("images", "none", "a folder with pictures or a list of images")
+    record = {
+        "shards": len(range(0, len(images), size)),
+        "size": min(size, len(images)),
+        "images": len(images),
+        "names": _digest_of_names(images),
+        "fingerprint": fingerprint,
+    }
+    path = folder / "shards.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
+    elif read_record(path) != record:
+        got = f"{folder.name!r} with features of other images, encoder or size"
+        refuse("folder", got, "an empty one")
+
 # %% ../nbs/05_shards.ipynb #27878344
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def embed_images(
-    images: str | Path | Sequence,
-    encode: Callable[[list], Tensor],
+    images: str | Path | Sequence[Any],
+    encode: Callable[[list[Any]], Tensor],
     folder: str | Path,
     fingerprint: str = "",
     rank: int = 0,
     world_size: int = 1,
     size: int = 1024,
     batch: int = 64,
-):
-    """Write the features of `images` to shards in `folder`, for `VisualCache.build`: row i is image i.
+) -> None:
+    """Write the features of `images` to shards in `folder`, row i for image i.
 
-    `images` is a folder, read in order of path, or a list of anything; `encode` turns `batch` of them at a time into
-    features [n, D]. A process with its own `rank` of `world_size` takes every `world_size`-th piece of `size` images;
-    called again after a crash it makes what is missing. Raises ValueError if `folder` holds other images' features, or
-    if `encode` does not give one finite feature for each image; OSError if `folder` cannot be written."""
+    They are what `VisualCache.build` takes. `images` is a folder, read in order of path, or a list
+    of anything; `encode` turns `batch` of them at a time into features [n, D]. A process with its
+    own `rank` of `world_size` takes every `world_size`-th piece of `size` images; called again
+    after a crash it makes what is missing. Raises ValueError if `folder` holds other images'
+    features, or if `encode` does not give one finite feature for each image; OSError if `folder`
+    cannot be written."""
     if isinstance(images, (str, Path)):
-        images = sorted(
-            path for path in Path(images).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-        )
-    pieces = [images[start : start + size] for start in range(0, len(images), size)]
-    _claim(Path(folder), pieces, fingerprint)
-    for number in tqdm(range(rank, len(pieces), world_size), delay=5, unit="shard"):
+        files = sorted(Path(images).rglob("*"))
+        images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    _claim(Path(folder), images, size, fingerprint)
+    starts = range(0, len(images), size)
+    for number in tqdm(range(rank, len(starts), world_size), delay=5, unit="shard"):
         if _shard_path(folder, number).exists():
             continue
-        piece, first = pieces[number], number * size
-        features = [
-            _encoded(encode, list(piece[start : start + batch]), first + start)
-            for start in range(0, len(piece), batch)
-        ]
+        first = starts[number]
+        features = []
+        for start in range(first, min(first + size, len(images)), batch):
+            some = images[start : min(start + batch, first + size)]
+            features.append(_encoded(encode, list(some), start))
         write_shard(torch.cat(features), folder, number)
-
-# %% ../nbs/05_shards.ipynb #169609fa
-def _encoded(encode: Callable[[list], Tensor], images: list, first: int) -> Tensor:
-    "The features of `images`, in main memory; `first` is the number of the first of them."
-    features = encode(images)
-    check_feature_shape(features, "encode")
-    if len(features) != len(images):
-        raise ValueError(
-            f"encode: got {len(features)} features of {len(images)} images, wants one for each"
-        )
-    check_features(features, "encode", rows=range(first, first + len(images)))
-    return features.detach().cpu()
-
-
-def _claim(folder: Path, pieces: list, fingerprint: str):
-    "Record in `folder` what its shards are made from. Raises ValueError if that is something else."
-    if not pieces:
-        raise ValueError("images: got none, wants a folder with pictures or a list of images")
-    names = "\n".join(
-        str(image) if isinstance(image, (str, Path)) else "" for piece in pieces for image in piece
-    )
-    record = dict(
-        shards=len(pieces),
-        size=len(pieces[0]),
-        images=sum(map(len, pieces)),
-        names=hashlib.sha256(names.encode()).hexdigest()[:16],
-        fingerprint=fingerprint,
-    )
-    path = folder / "shards.json"
-    if path.exists():
-        if read_record(path) == record:
-            return
-        raise ValueError(
-            f"folder: {folder.name!r} holds features of other images, encoder or size; wants an empty one"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))

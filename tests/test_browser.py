@@ -1,4 +1,4 @@
-"The explorer in a real browser: JupyterLab, Notebook and Voilà; every slider, file, button, key and point on the map."
+"The explorer in a real browser: JupyterLab, Notebook and Voilà; every control, file and key."
 
 import json
 import os
@@ -18,15 +18,16 @@ FILES = {
     path.stem.rpartition("_")[2]: path
     for path in sorted((ROOT / "data" / "samples").glob("bell_*"))
 }
-FLAGS = """--no-sandbox --disable-gpu --enable-unsafe-swiftshader --disable-quic --no-first-run --disable-sync
-           --disable-background-networking --disable-component-update
+FLAGS = """--no-sandbox --disable-gpu --enable-unsafe-swiftshader --disable-quic --no-first-run
+           --disable-sync            --disable-background-networking --disable-component-update
            --autoplay-policy=no-user-gesture-required""".split()
+# for the Stop button: Toyland's own answers are over before a finger is lifted
 SLOW = """import time
 from ibllm.model import ImageBindLLM
 stream = ImageBindLLM.stream
 def slowly(self, *args, **options):
     for piece in stream(self, *args, **options): time.sleep(1); yield piece
-ImageBindLLM.stream = slowly"""  # for the Stop button: Toyland's own answers are over before a finger is lifted
+ImageBindLLM.stream = slowly"""
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -42,7 +43,9 @@ def record(name, **times):
 
 @pytest.fixture(scope="session")
 def chromium():
-    "Where Chromium is. Without it nothing here can run: that is a failure in continuous integration, else a reason."
+    """Where Chromium is.
+
+    Without it nothing here can run: a failure in continuous integration, elsewhere a reason."""
     found = next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
     )
@@ -66,7 +69,9 @@ def browser(chromium, tmp_path_factory):
 
 
 def serve(command, folder):
-    "Start a server of this environment on a free port; returns the process and its address once it listens."
+    """Start a server of this environment on a free port.
+
+    Returns the process and its address once it listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -92,7 +97,7 @@ def serve(command, folder):
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory):
-    "The explorer's notebook beside the data; `slow.ipynb` has one more cell, which makes answers slow."
+    "The explorer's notebook beside the data; `slow.ipynb` has a cell more, which slows answers."
     folder = tmp_path_factory.mktemp("project")
     (folder / "data").symlink_to(ROOT / "data")
     (folder / "nbs").mkdir()
@@ -123,14 +128,17 @@ def jupyter(project):
 
 
 class Page:
-    "The explorer on a page: controls are found by their labels, and what counts is what stands on the screen."
+    """The explorer on a page.
+
+    Controls are found by their labels, and what counts is what stands on the screen."""
 
     def __init__(self, browser):
         self.page = browser.new_page()
         self.page.set_viewport_size(dict(width=1400, height=1200))
         self.page.set_default_timeout(120_000)
         self.page.add_init_script("""window.blocked = []
-            new PerformanceObserver(list => list.getEntries().forEach(e => window.blocked.push(e.duration / 1000)))
+            const note = e => window.blocked.push(e.duration / 1000)
+            new PerformanceObserver(list => list.getEntries().forEach(note))
                 .observe({type: 'longtask', buffered: true})""")
 
     def photograph(self, name):
@@ -168,9 +176,12 @@ class Page:
             self.page.wait_for_timeout(20)
 
     def answered(self, act):
-        "Let `act` ask something; returns the seconds until a sign of work and until the answer stood on the screen."
+        """Let `act` ask something.
+
+        Returns the seconds until a sign of work and until the answer stood on the screen."""
         self.page.evaluate("""() => {
-            const status = [...document.querySelectorAll('.widget-html')].find(w => w.innerText.startsWith('status:'))
+            const status = [...document.querySelectorAll('.widget-html')]
+                .find(w => w.innerText.startsWith('status:'))
             window.seen = []
             new MutationObserver(() => window.seen.push([performance.now(), status.innerText]))
                 .observe(status, {subtree: true, childList: true, characterData: true})}""")
@@ -194,7 +205,7 @@ class Page:
         )
 
     def drag(self, label, share):
-        "Drag the slider `label` to `share` of its length; the clock starts when the mouse is let go."
+        "Drag the slider `label` to `share` of its length; times count from when it is let go."
         slider, knob = (
             self.widget(label).locator(".noUi-base"),
             self.widget(label).locator(".noUi-handle"),
@@ -214,14 +225,19 @@ class Page:
         self.until(lambda: self.chosen(modality) == Path(file).name)
 
     def lonely(self, trace):
-        "The recording of `trace` that lies farthest from all others: its number, and where it is on the screen."
+        """The recording of `trace` that lies farthest from all others.
+
+        Its number, and where it is on the screen."""
         return self.page.evaluate(
             """(trace) => {
             const middle = box => [box.x + box.width / 2, box.y + box.height / 2]
             const where = [...document.querySelectorAll('.scatterlayer .trace')].map(
-                t => [...t.querySelectorAll('path.point')].map(p => middle(p.getBoundingClientRect())))
+                t => [...t.querySelectorAll('path.point')]
+                    .map(p => middle(p.getBoundingClientRect())))
             const distance = (a, b) => Math.hypot(a[0] - b[0], a[1] - b[1])
-            const space = where[trace].map(p => Math.min(...where.flat().filter(q => q !== p).map(q => distance(p, q))))
+            const all = where.flat()
+            const space = where[trace].map(
+                p => Math.min(...all.filter(q => q !== p).map(q => distance(p, q))))
             const number = space.indexOf(Math.max(...space))
             return [number, ...where[trace][number]]}""",
             trace,
@@ -262,7 +278,8 @@ def test_every_control_has_a_label(lab, tab):
     lab.open(tab)
     controls, nameless = lab.page.evaluate("""() => {
         const controls = [...document.querySelectorAll(
-            '.jupyter-widgets select, .jupyter-widgets input, .jupyter-widgets button, .noUi-handle')]
+            '.jupyter-widgets select, .jupyter-widgets input, '
+            + '.jupyter-widgets button, .noUi-handle')]
             .filter(c => c.checkVisibility() && !c.closest('.js-plotly-plot'))
         return [controls.length, controls.filter(
             c => !c.innerText && !c.labels?.length && !c.ariaLabel && !c.title
@@ -277,13 +294,16 @@ def test_files_of_every_kind_are_uploaded_shown_and_answered(lab):
         lab.upload(modality, file)
     assert lab.text("status:") == "done" and "bell" in lab.text("with the cache:")
     lab.page.wait_for_timeout(1500)  # for the players and the cloud to load
-    broken = lab.page.evaluate("""() => [...document.querySelectorAll('.widget-html img')].filter(i => !i.naturalWidth)
-        .concat([...document.querySelectorAll('audio, video')].filter(p => p.readyState < 2)).map(e => e.title)""")
+    broken = lab.page.evaluate("""() => {
+        const pictures = [...document.querySelectorAll('.widget-html img')]
+        const players = [...document.querySelectorAll('audio, video')]
+        return pictures.filter(i => !i.naturalWidth)
+            .concat(players.filter(p => p.readyState < 2)).map(e => e.title)}""")
     assert not broken
     shown = lab.page.locator(".widget-html-content b").all_inner_texts()
     assert set(FILES) <= set(shown)
     assert lab.page.locator("#scene canvas").is_visible()
-    lab.photograph("all_senses")
+    lab.photograph("all_modalities")
 
 
 def test_the_cloud_can_be_turned(lab):
@@ -303,7 +323,7 @@ def test_the_cloud_can_be_turned(lab):
 def test_a_file_that_cannot_be_read_is_explained_on_the_page(bell, tmp_path):
     (tmp_path / "notes.png").write_text("<b>no picture")
     bell.upload("image", tmp_path / "notes.png")
-    assert bell.text("status:").startswith("notes.png: cannot be read as a picture")
+    assert bell.text("status:").startswith("notes.png: got what cannot be read")
     assert bell.button("Stop").is_disabled()
     bell.photograph("error")
     bell.choose("image", "none")
@@ -494,10 +514,10 @@ def test_a_sum_is_chosen_with_the_keyboard(plane):
     plane.button("ask").click()
 
 
-def test_kinds_are_named_on_the_map(plane):
-    plane.widget("colour by").locator("select").select_option(label="kind")
+def test_labels_are_named_on_the_map(plane):
+    plane.widget("colour by").locator("select").select_option(label="label")
     plane.page.locator(".annotation-text", has_text="bell").wait_for()
-    plane.photograph("map_by_kind")
+    plane.photograph("map_by_label")
     plane.widget("colour by").locator("select").select_option(label="modality")
 
 
@@ -519,7 +539,8 @@ def test_nothing_is_cut_off_at_800_pixels(bell, tab):
         "e => e.getBoundingClientRect().right"
     )
     beyond = bell.page.locator(".jupyter-widgets:visible, .js-plotly-plot:visible").evaluate_all(
-        "(all, edge) => all.filter(e => e.getBoundingClientRect().right > edge + 1).map(e => e.innerText)",
+        """(all, edge) => all.filter(e => e.getBoundingClientRect().right > edge + 1)
+            .map(e => e.innerText)""",
         edge,
     )
     bell.open("Given and found")
@@ -563,7 +584,8 @@ def test_notebook_7(browser, jupyter):
     page = Page(browser)
     page.page.goto(jupyter + "notebooks/nbs/explore.ipynb")
 
-    def run():  # a cell that is run before the kernel is connected is dropped, and the page looks idle all the same
+    def run():
+        "A cell run before the kernel is there is dropped, and the page looks idle all the same."
         page.page.locator(".jp-CodeCell").first.click()
         page.page.keyboard.press("Shift+Enter")
         page.page.wait_for_timeout(1000)

@@ -1,4 +1,4 @@
-"Scores against hand-made features and against SciPy; results files that are whole or not there."
+"Scores against hand-made features and formulas; results files that are whole or not there."
 
 import json
 import math
@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
+from ibllm.config import CacheSettings
 from ibllm.encoders import extract_features
 from ibllm.evaluation import (
     holm,
@@ -102,7 +103,7 @@ def test_caption_accuracy_asks_in_batches_and_with_the_cache():
     model = Model(captions + ["nothing"])
     assert all(hits.all() for hits in caption_accuracy(model, features, things).values())
     assert model.batches == [((n, 1), False) for n in (250, 250, 200)]
-    shifted = caption_accuracy(model, features, things, cache=True)
+    shifted = caption_accuracy(model, features, things, cache=CacheSettings())
     assert shifted["kind"].float().mean() < 0.2 and not shifted["kind"][-1]
 
 
@@ -192,10 +193,19 @@ def test_answer_accuracy_counts_exact_answers_per_topic():
 # How sure
 
 
+def by_hand(share, n, z):
+    "Wilson's interval as he wrote it in 1927."
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+@pytest.mark.parametrize("z", [1.0, 1.96, 2.5758])
 @pytest.mark.parametrize("hits, n", [(0, 7), (1, 1), (5, 10), (837, 900), (900, 900)])
-def test_wilson_is_scipys(hits, n):
-    expected = stats.binomtest(hits, n).proportion_ci(method="wilson")
-    assert wilson(hits / n, n, z=stats.norm.ppf(0.975)) == pytest.approx(tuple(expected), abs=1e-12)
+def test_wilson_is_his_formula(hits, n, z):
+    assert wilson(hits / n, n, z) == pytest.approx(by_hand(hits / n, n, z), abs=1e-12)
+    rounded = torch.tensor(hits / n).item()  # float32
+    assert wilson(rounded, n, z) == wilson(hits / n, n, z)
 
 
 def test_wilson_is_the_textbooks():
@@ -203,13 +213,14 @@ def test_wilson_is_the_textbooks():
 
 
 @pytest.mark.parametrize("fixed, broken", [(0, 0), (1, 0), (12, 3), (20, 20), (0, 40), (700, 640)])
-def test_mcnemar_is_scipys_binomial_test(fixed, broken):
+def test_mcnemar_counts_the_tosses_of_a_coin(fixed, broken):
     before = torch.tensor([False] * fixed + [True] * broken + [True, False])
     after = torch.tensor([True] * fixed + [False] * broken + [True, False])
     result = mcnemar(before, after)
-    expected = stats.binomtest(fixed, fixed + broken).pvalue if fixed + broken else 1
+    n, low = fixed + broken, min(fixed, broken)
+    tails = 2 * sum(math.comb(n, i) for i in range(low + 1))
     assert (result["fixed"], result["broken"]) == (fixed, broken)
-    assert result["p"] == pytest.approx(expected, rel=1e-9)
+    assert result["p"] == pytest.approx(min(1, tails / 2**n), rel=1e-12)
 
 
 def test_paired_difference_is_scipys_standard_error_over_things():
@@ -332,14 +343,14 @@ def test_purity_leaves_the_row_and_its_match_out():
     one, other = torch.tensor([[1.0, 0]]), torch.tensor([[0.0, 1]])
     assert purity(torch.cat([one, one]), torch.cat([other, other]), k=1) == 1
     assert purity(torch.cat([one, other]), torch.cat([other, one]), k=1) == 0, (
-        "the nearest is the other sense's"
+        "the nearest is of the other modality"
     )
 
 
 # What experiments share
 
 
-def test_features_of_senses_are_the_encoders_in_the_order_asked_for():
+def test_features_of_modalities_are_the_encoders_in_the_order_asked_for():
     model = seed_models([0])[0]
     things, features = modality_features(model, "validation", size=9, modalities=("text", "audio"))
     expected, key = split_things("validation", size=9)
@@ -351,7 +362,7 @@ def test_features_of_senses_are_the_encoders_in_the_order_asked_for():
         assert torch.equal(features[modality], made)
 
 
-def test_hits_are_by_seed_sense_thing_and_attribute():
+def test_hits_are_by_seed_modality_thing_and_attribute():
     things = draw_things(5, seed=0)
     captions = describe(things, seed=0)
     models = {0: Model(captions * 2), 1: Model([""] * 10)}
@@ -364,7 +375,7 @@ def test_hits_are_by_seed_sense_thing_and_attribute():
     assert moved[0, 0].all() and not moved[0, 1].all()
 
 
-def test_a_sense_is_judged_by_what_it_carries():
+def test_a_modality_is_judged_by_what_it_carries():
     hits = torch.zeros(1, 2, 3, 4, dtype=torch.bool)
     hits[0, 1, :, [list(ATTRIBUTES).index(a) for a in CARRIES["point"]]] = True
     assert carried_hits(hits, ["image", "point"]).tolist() == [[0.5] * 3]
@@ -407,13 +418,13 @@ def test_results_that_cannot_be_written_leave_the_old_file(values, tmp_path):
 @pytest.mark.parametrize("text", ["", "{", '{"a": 1', "\x00"])
 def test_a_broken_results_file_is_named(text, tmp_path):
     (tmp_path / "one.json").write_text(text)
-    with pytest.raises(ValueError, match="results one.json: not JSON") as error:
+    with pytest.raises(ValueError, match="results one.json: got what is not JSON") as error:
         load_results("one", tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_results_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="results one.json: no such file"):
+    with pytest.raises(FileNotFoundError, match="results one.json: got no such file"):
         load_results("one", tmp_path)
 
 
@@ -426,7 +437,7 @@ def test_the_project_folder_is_found_from_anywhere_inside(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert project_folder().samefile(tmp_path)
     (tmp_path / "data").rmdir()
-    with pytest.raises(FileNotFoundError, match="not inside a checkout"):
+    with pytest.raises(FileNotFoundError, match="wants one inside a checkout"):
         project_folder()
 
 

@@ -1,4 +1,4 @@
-"The experiments' results files: complete, what notebooks and figures show, and found again in part."
+"The experiments' results files: complete, what is shown of them, and found again in part."
 
 import json
 import re
@@ -51,10 +51,10 @@ RESULTS = ROOT / "data" / "results"
 def cases(name, key, arrays):
     "Arguments of `draw_cases` from a results file and the arrays beside it."
     stored = load_file(RESULTS / f"{arrays}.safetensors")
-    lists = (
-        [stored[f"{kind}_{i}"] for i in range(len(stored) // 2)] for kind in ("query", "pictures")
-    )
-    return load_results(name)[key], *lists
+    count = len(stored) // 2
+    queries = [stored[f"query_{i}"] for i in range(count)]
+    pictures = [stored[f"pictures_{i}"] for i in range(count)]
+    return load_results(name)[key], queries, pictures
 
 
 DRAW = dict(
@@ -81,75 +81,88 @@ DRAW = dict(
 
 
 def said(notebook, piece):
-    "What the one code cell of an experiment whose source holds `piece` printed or returned, as committed."
+    """What the one code cell of an experiment that holds `piece` printed or returned.
+
+    As committed: nothing is run."""
     cells = json.loads((ROOT / f"nbs/experiments/{notebook}.ipynb").read_text())["cells"]
     [cell] = [c for c in cells if c["cell_type"] == "code" and piece in "".join(c["source"])]
-    return "".join(
-        "".join(o.get("text") or o.get("data", {}).get("text/plain", ())) for o in cell["outputs"]
-    )
+    texts = []
+    for output in cell["outputs"]:
+        texts += output.get("text") or output.get("data", {}).get("text/plain", ())
+    return "".join(texts)
 
 
 def numbers(part):
     "All numbers in a part of a results file, in order."
     if not isinstance(part, dict | list):
         return [part]
-    return [
-        number
-        for inner in (part.values() if isinstance(part, dict) else part)
-        for number in numbers(inner)
-    ]
+    found = []
+    for inner in part.values() if isinstance(part, dict) else part:
+        found += numbers(inner)
+    return found
 
 
 def stand_in_order(wanted, text):
-    "Whether the numbers `wanted` stand in `text` one after another, each rounded as it is printed there."
-    printed = re.finditer(r"[-+]?\d+(?:\.(\d+))?", text)
+    "Whether the numbers `wanted` stand in `text` in this order, each rounded as printed there."
+    printed = re.finditer(r"[-+]?\d+(?:\.(\d+))?", text)  # goes on after the last one found
 
     def shows(shown, number):
         return float(shown[0]) == (round(number, len(shown[1])) if shown[1] else number)
 
-    return all(any(shows(shown, number) for shown in printed) for number in wanted)
+    for number in wanted:
+        if not any(shows(shown, number) for shown in printed):
+            return False
+    return True
+
+
+def picked(part, depth, *keys):
+    "Of every dictionary `depth` levels down in a part of a results file, the values at `keys`."
+    if depth == 0:
+        return [part[key] for key in keys]
+    return [picked(inner, depth - 1, *keys) for inner in part.values()]
+
+
+def said_of_the_cache():
+    found = []
+    for by in load_results("cache_ablation")["headline"].values():
+        for cells in by.values():
+            kind = cells["kind"]
+            found += [kind[which]["mean"] for which in ("raw", "cache", "difference")]
+    return found
+
+
+def said_of_gates():
+    results = load_results("gates")
+    ability = picked(results["ability"], 3, "mean", "spread")
+    return [ability, picked(results["kind"], 2, "mean", "spread")]
+
+
+def said_of_walks():
+    "The middle of every course."
+    return [picked(by, 1, 5) for by in load_results("arithmetic")["walks"].values()]
 
 
 SAID = {
-    ("01_cache_ablation", 'table(part, "kind")'): lambda: [
-        [cells["kind"][which]["mean"] for which in ("raw", "cache", "difference")]
-        for by in load_results("cache_ablation")["headline"].values()
-        for cells in by.values()
-    ],
+    ("01_cache_ablation", 'table(part, "kind")'): said_of_the_cache,
     ("01_cache_ablation", "{setting:32} {s}"): lambda: load_results("cache_ablation")["tried"],
     ("02_modality_gap", "table(controls)"): lambda: load_results("modality_gap")["controls"],
-    ("03_gates", "{asked:18}"): lambda: [
-        [v["mean"], v["spread"]]
-        for by in (*load_results("gates")["ability"].values(), load_results("gates")["kind"])
-        for moments in by.values()
-        for v in moments.values()
-    ],
-    ("04_injection_forms", "{v['spread']:.3f}"): lambda: [
-        [v["mean"], v["spread"]]
-        for by in load_results("injection_forms")["scores"].values()
-        for v in by.values()
-    ],
-    ("05_parts_and_stages", "{v['spread']:.3f}"): lambda: [
-        [v["mean"], v["spread"]]
-        for by in load_results("parts_and_stages")["scores"].values()
-        for v in by.values()
-    ],
+    ("03_gates", "{asked:18}"): said_of_gates,
+    ("04_injection_forms", "{v['spread']:.3f}"): lambda: picked(
+        load_results("injection_forms")["scores"], 2, "mean", "spread"
+    ),
+    ("05_parts_and_stages", "{v['spread']:.3f}"): lambda: picked(
+        load_results("parts_and_stages")["scores"], 2, "mean", "spread"
+    ),
     ("06_emergence", "overview = {"): lambda: load_results("emergence")["overview"],
     ("06_emergence", "better than both links"): lambda: load_results("emergence")["chain"],
     ("07_arithmetic", "retrieval |= "): lambda: load_results("arithmetic")["retrieval"],
-    ("07_arithmetic", "middle = {"): lambda: [
-        [shares[5] for shares in course.values()]
-        for course in load_results("arithmetic")["walks"].values()
-    ],
+    ("07_arithmetic", "middle = {"): said_of_walks,
     ("08_map", "masked_fill(~other"): lambda: load_results("joint_map")["numbers"],
     ("08_map", "arrows |= "): lambda: load_results("joint_map")["arrows"],
     ("09_what_it_should_not_say", "chosen |= "): lambda: load_results("silence")["lessons"],
-    ("09_what_it_should_not_say", "places = {"): lambda: [
-        s["mean"]
-        for by in load_results("silence")["places"].values()
-        for v in by.values()
-        for s in v.values()
-    ],
+    ("09_what_it_should_not_say", "places = {"): lambda: picked(
+        load_results("silence")["places"], 3, "mean"
+    ),
     ("10_the_papers_figures", "blind = {"): lambda: load_results("paper_figures")["failures"][
         "blind"
     ],
@@ -171,11 +184,24 @@ def test_a_notebook_shows_the_numbers_of_its_results_file(where):
 @pytest.mark.parametrize("name", DRAW)
 def test_a_committed_figure_is_what_its_results_give(name, tmp_path):
     drawn = save_figure(DRAW[name](), name, tmp_path)
-    pixels, committed = (
-        np.asarray(Image.open(f)) for f in (drawn, ROOT / "figures" / f"{name}.png")
-    )
-    assert np.array_equal(pixels, committed)
-    assert drawn.with_suffix(".pdf").read_bytes() == (ROOT / "figures" / f"{name}.pdf").read_bytes()
+    committed = ROOT / "figures" / drawn.name
+    assert np.array_equal(np.asarray(Image.open(drawn)), np.asarray(Image.open(committed)))
+    written, wanted = (path.with_suffix(".pdf").read_bytes() for path in (drawn, committed))
+    assert written == wanted
+
+
+def assert_one_cell(modality, attribute, cell, seeds):
+    "One modality and attribute of the headline: both ways lead to the same difference."
+    d = cell["difference"]
+    assert cell["carried"] == (attribute in CARRIES[modality])
+    assert len(cell["mcnemar"]) == seeds
+    assert d["low"] <= d["mean"] <= d["high"]
+    gained = cell["cache"]["mean"] - cell["raw"]["mean"]
+    assert gained == pytest.approx(d["mean"], abs=2e-4), "two ways to the same number"
+    if not cell["carried"]:
+        chance = dict(colour=1 / 6, motion=1 / 4)[attribute]  # a kind comes in six of the colours
+        best = max(cell["raw"]["mean"], cell["cache"]["mean"])
+        assert best < chance + 0.02, "a modality that cannot know it"
 
 
 def test_the_cache_ablation_is_complete():
@@ -185,25 +211,7 @@ def test_the_cache_ablation_is_complete():
         assert list(by) == list(MODALITIES)
         for modality, cells in by.items():
             for attribute, cell in cells.items():
-                assert cell["carried"] == (attribute in CARRIES[modality])
-                assert len(cell["mcnemar"]) == len(results["seeds"])
-                assert (
-                    cell["difference"]["low"]
-                    <= cell["difference"]["mean"]
-                    <= cell["difference"]["high"]
-                )
-                gained = cell["cache"]["mean"] - cell["raw"]["mean"]
-                assert gained == pytest.approx(cell["difference"]["mean"], abs=2e-4), (
-                    "two ways to the same number"
-                )
-                if cell["carried"]:
-                    continue
-                chance = dict(colour=1 / 6, motion=1 / 4)[
-                    attribute
-                ]  # a kind comes in six of the colours
-                assert max(cell["raw"]["mean"], cell["cache"]["mean"]) < chance + 0.02, (
-                    "a sense that cannot know it"
-                )
+                assert_one_cell(modality, attribute, cell, len(results["seeds"]))
 
 
 def test_the_cache_names_kinds_better_in_every_seed_unless_they_were_never_pictured():
@@ -228,13 +236,11 @@ def test_knobs_are_compared_with_no_cache_and_none_of_them_helps_both_parts():
     for sweep in sweeps.values():
         for scores, gains in zip(sweep["scores"], sweep["gains"], strict=True):
             for part in ("seen", "unseen"):
-                others = np.mean([v for modality, v in scores[part].items() if modality != "image"])
-                assert others - none[part] == pytest.approx(
-                    gains["difference"][part]["mean"], abs=3e-4
-                )
-                assert scores[part]["image"] - none[f"{part}_image"] == pytest.approx(
-                    gains["image"][part]["mean"], abs=2e-4
-                )
+                others = dict(scores[part])
+                image = others.pop("image") - none[f"{part}_image"]
+                gained = np.mean(list(others.values())) - none[part]
+                assert gained == pytest.approx(gains["difference"][part]["mean"], abs=3e-4)
+                assert image == pytest.approx(gains["image"][part]["mean"], abs=2e-4)
             assert interval(gains, "unseen") <= 0
     quarter = sweeps["weight"]["gains"][sweeps["weight"]["values"].index(0.25)]
     assert [interval(quarter, part) for part in ("seen", "unseen")] == [1, 0]
@@ -254,44 +260,29 @@ def test_memories_are_compared_with_no_cache():
     for name in ("noise", "noise shaped like pictures"):
         assert (interval(gains[name], "seen"), interval(gains[name], "seen", "image")) == (0, -1)
     wide = gains["pictures of all combinations"]
-    assert (
-        interval(wide, "seen"),
-        interval(wide, "unseen"),
-        interval(wide, "unseen", "image"),
-    ) == (1, 1, 0)
+    assert (interval(wide, "seen"), interval(wide, "unseen")) == (1, 1)
+    assert interval(wide, "unseen", "image") == 0
     assert load_results("cache_ablation")["missing"]["kinds not in it"]["difference"]["high"] < 0
 
 
 def test_ways_beyond_the_cache_are_compared_with_it_and_with_nothing():
-    results = load_results("cache_ablation")
-    beyond = results["beyond"]
+    beyond = load_results("cache_ablation")["beyond"]
     for name, row in beyond.items():
-        for reference, differences in {
-            "the paper's cache": row,
-            "no cache": row["to_no_cache"],
-        }.items():
+        assert row["seeds"] >= 3
+        references = {"the paper's cache": row, "no cache": row["to_no_cache"]}
+        for reference, differences in references.items():
             for part, d in differences["difference"].items():
-                by_seed = [
-                    b - a
-                    for a, b in zip(
-                        *(beyond[n]["by_seed"][part]["seeds"] for n in (reference, name))
-                    )
-                ]
-                assert (
-                    by_seed == pytest.approx(d["seeds"], abs=2e-4)
-                    and len(by_seed) == row["seeds"] >= 3
-                )
+                before, after = (beyond[n]["by_seed"][part]["seeds"] for n in (reference, name))
+                by_seed = [b - a for a, b in zip(before, after)]
+                assert by_seed == pytest.approx(d["seeds"], abs=2e-4)
+                assert len(by_seed) == row["seeds"]
                 assert name == reference or d["p"] <= d["p_holm"] <= 1
-    best = max(
-        (n for n in beyond if n != "no cache"),
-        key=lambda n: beyond[n]["difference"]["seen"]["mean"],
-    )
-    assert best == "whitening" and all(
-        interval(beyond[best], part) == 1 for part in ("seen", "unseen")
-    )
-    assert [
-        interval(beyond[best]["to_no_cache"], "unseen", key) for key in ("difference", "image")
-    ] == [-1, -1]
+    ways = [name for name in beyond if name != "no cache"]
+    best = max(ways, key=lambda name: beyond[name]["difference"]["seen"]["mean"])
+    assert best == "whitening"
+    assert [interval(beyond[best], part) for part in ("seen", "unseen")] == [1, 1]
+    to_nothing = beyond[best]["to_no_cache"]
+    assert [interval(to_nothing, "unseen", key) for key in ("difference", "image")] == [-1, -1]
     assert interval(beyond["bridge"]["to_no_cache"], "unseen") == 1
 
 
@@ -306,11 +297,8 @@ def test_words_are_compared_with_the_feature_after_the_cache():
                 assert name == "feature after the cache" or d["p"] <= d["p_holm"] <= 1
     best = max(words, key=lambda name: words[name]["test"]["seen"])
     assert best == "that sentence alone"
-    assert all(
-        interval(words[best], part, key) == 1
-        for part in ("seen", "unseen")
-        for key in ("difference", "image")
-    )
+    for key in ("difference", "image"):
+        assert [interval(words[best], part, key) for part in ("seen", "unseen")] == [1, 1]
 
 
 def test_sounds_and_motion_fail_by_naming_no_kind():
@@ -319,37 +307,36 @@ def test_sounds_and_motion_fail_by_naming_no_kind():
         by = faults[f"{modality}, raw"]
         assert by["another kind"]["mean"] < 0.01 < by["no kind"]["mean"]
         assert faults[f"{modality}, cache"]["no kind"]["mean"] < by["no kind"]["mean"]
-    assert (
-        faults["image, raw"]["no kind"]["mean"]
-        < 0.01
-        < faults["image, raw"]["another kind"]["mean"]
-    )
+    image = faults["image, raw"]
+    assert image["no kind"]["mean"] < 0.01 < image["another kind"]["mean"]
 
 
 def test_a_part_of_the_ablation_is_found_again():
-    "Depth maps of the test split, shipped model: the accuracies must lie in the intervals of the published ones."
-    models, published = (
-        seed_models([0]),
-        load_results("cache_ablation")["headline"]["seen"]["depth"],
-    )
-    things, features = modality_features(models[0], "test", modalities=("depth",))
+    """Depth maps of the test split, shipped model.
+
+    The accuracies must lie in the intervals of the published ones."""
+    model = seed_models([0])[0]
+    published = load_results("cache_ablation")["headline"]["seen"]["depth"]
+    things, features = modality_features(model, "test", modalities=("depth",))
     for row, cache in dict(raw=False, cache=True).items():
-        hits = caption_accuracy(models[0], features["depth"], things, cache)
+        hits = caption_accuracy(model, features["depth"], things, cache)
         for attribute in ATTRIBUTES:
             low, high = wilson(published[attribute][row]["seeds"][0], len(things))
             assert low <= hits[attribute].float().mean() <= high, (row, attribute)
 
 
 def test_a_part_of_emergence_is_found_again():
-    "Sounds named by point clouds, once more, by the shipped towers: within the interval of the published accuracy."
-    model, results = seed_models([0])[0], load_results("emergence")
+    """Sounds named by point clouds, once more, by the shipped towers.
+
+    The accuracy must lie within the interval of the published one."""
+    model = seed_models([0])[0]
     things, sounds = modality_features(model, "test", modalities=("audio",))
     known, clouds = modality_features(model, "validation", modalities=("point",))
-    means = torch.stack([clouds["point"][known.kind == kind].mean(0) for kind in range(len(KINDS))])
-    guess = (sounds["audio"] @ F.normalize(means, dim=1).T).argmax(1)
-    low, high = wilson(
-        results["naming"][MODALITIES.index("audio")][MODALITIES.index("point")], len(things)
-    )
+    means = [clouds["point"][known.kind == kind].mean(0) for kind in range(len(KINDS))]
+    guess = (sounds["audio"] @ F.normalize(torch.stack(means), dim=1).T).argmax(1)
+    naming = load_results("emergence")["naming"]
+    published = naming[MODALITIES.index("audio")][MODALITIES.index("point")]
+    low, high = wilson(published, len(things))
     assert low <= (guess == things.kind).float().mean() <= high
 
 
@@ -358,9 +345,8 @@ def assert_paired(scores, difference, reference):
     for arm, by in difference.items():
         for asked, d in by.items():
             assert d["low"] <= d["mean"] <= d["high"] and d["p"] <= d["p_holm"] <= 1
-            assert scores[arm][asked]["mean"] - scores[reference][asked]["mean"] == pytest.approx(
-                d["mean"], abs=2e-4
-            )
+            gained = scores[arm][asked]["mean"] - scores[reference][asked]["mean"]
+            assert gained == pytest.approx(d["mean"], abs=2e-4)
 
 
 def test_ways_in_are_compared_thing_by_thing():
@@ -368,16 +354,12 @@ def test_ways_in_are_compared_thing_by_thing():
     assert len(results["seeds"]) >= 3 and results["n"]["pictured"] >= 1000
     assert list(results["scores"]) == list(results["losses"]) == list(FORM_LOOKS)
     seconds = results["step_seconds"]
-    assert {form: s / seconds["attention output"] for form, s in seconds.items()} == pytest.approx(
-        results["slower"], rel=0.2
-    ), "a median of ratios is about the ratio of medians"
-    assert all(
-        results["rates"][form] == max(tried, key=tried.get)
-        for form, tried in (
-            (form, {float(rate): v for rate, v in by.items()})
-            for form, by in results["tried"].items()
-        )
+    slower = {form: s / seconds["attention output"] for form, s in seconds.items()}
+    assert slower == pytest.approx(results["slower"], rel=0.2), (
+        "a median of ratios is about the ratio of medians"
     )
+    for form, tried in results["tried"].items():
+        assert results["rates"][form] == float(max(tried, key=tried.get))
     assert_paired(results["scores"], results["difference"], "attention output")
 
 
@@ -387,15 +369,13 @@ def test_starts_of_the_gates_are_asked_the_same_at_every_moment():
     assert len(results["seeds"]) >= 3 and results["n"] >= 1000
     for by in results["ability"].values():
         assert list(by) == starts and all(list(course) == moments for course in by.values())
-        assert by["zero"]["before"]["seeds"] == [1] * len(results["seeds"]), (
-            "a shut gate lets nothing in"
-        )
+        shut = by["zero"]["before"]["seeds"]
+        assert shut == [1] * len(results["seeds"]), "a shut gate lets nothing in"
     assert_paired(results["kind"], results["difference"], "zero")
     for by in results["difference"].values():
         for d in by.values():
-            assert len(d["seeds"]) == len(results["seeds"]) and max(d["seeds"]) < 0, (
-                "zero gates lead"
-            )
+            assert len(d["seeds"]) == len(results["seeds"])
+            assert max(d["seeds"]) < 0, "zero gates lead"
 
 
 def test_gates_open_from_zero_and_are_needed():
@@ -413,10 +393,9 @@ def test_gates_open_from_zero_and_are_needed():
 def test_parts_are_compared_thing_by_thing():
     results = load_results("parts_and_stages")
     assert len(results["seeds"]) >= 3 and results["n"]["pictured"] >= 1000
-    assert {arm for arms in results["groups"].values() for arm in arms} == set(results["scores"])
-    assert results["scores"]["stage 2 alone"]["kind, pictured"]["mean"] < 0.2, (
-        "blind by construction"
-    )
+    assert set().union(*results["groups"].values()) == set(results["scores"])
+    blind = results["scores"]["stage 2 alone"]["kind, pictured"]
+    assert blind["mean"] < 0.2, "blind by construction"
     assert_paired(results["scores"], results["difference"], "reference")
     for arm, sign in {"linear": -1, "stage 1 alone": 1, "stage 2 alone": -1, "joint": 1}.items():
         for d in results["difference"][arm].values():
@@ -428,30 +407,29 @@ def test_parts_are_compared_thing_by_thing():
 def test_the_other_towers_are_measured_like_the_shipped_ones():
     results = load_results("other_towers")
     assert len(results["seeds"]) >= 3 and results["n"]["seen"] >= 1000
+    carried = []
+    for modality in MODALITIES:
+        carried += [f"{modality} {attribute}" for attribute in CARRIES[modality]]
     for part, agreement in results["agreement"].items():
-        carried = [
-            f"{modality} {attribute}" for modality in MODALITIES for attribute in CARRIES[modality]
-        ]
-        assert sorted(
-            name.split(",")[0] for names in agreement.values() for name in names
-        ) == sorted(carried)
+        compared = [name.split(",")[0] for name in sum(agreement.values(), [])]
+        assert sorted(compared) == sorted(carried)
         for by in results["headline"].values():
             assert list(by[part]) == list(MODALITIES)
-            for cell in (cell for cells in by[part].values() for cell in cells.values()):
-                assert len(cell["difference"]["seeds"]) == len(results["seeds"])
-                gained = cell["cache"]["mean"] - cell["raw"]["mean"]
-                assert gained == pytest.approx(cell["difference"]["mean"], abs=2e-4)
+            for cells in by[part].values():
+                for cell in cells.values():
+                    assert len(cell["difference"]["seeds"]) == len(results["seeds"])
+                    gained = cell["cache"]["mean"] - cell["raw"]["mean"]
+                    assert gained == pytest.approx(cell["difference"]["mean"], abs=2e-4)
 
 
-def test_emergence_is_measured_for_all_pairs_of_senses():
+def test_emergence_is_measured_for_all_pairs_of_modalities():
     results = load_results("emergence")
     assert results["modalities"] == list(MODALITIES) and results["n"] >= 1000
-    for matrix in ("own", "alike", "naming", "untrained_naming"):
-        assert [len(row) for row in results[matrix]] == [8] * 8
-        assert all(0 <= value <= 1 for row in results[matrix] for value in row)
-    assert (
-        results["overview"]["emergent"]["naming"] > 4 * results["overview"]["emergent"]["untrained"]
-    )
+    for name in ("own", "alike", "naming", "untrained_naming"):
+        matrix = torch.tensor(results[name])
+        assert matrix.shape == (8, 8) and ((0 <= matrix) & (matrix <= 1)).all()
+    emergent = results["overview"]["emergent"]
+    assert emergent["naming"] > 4 * emergent["untrained"]
 
 
 def test_the_gap_has_its_controls_and_its_course():
@@ -461,13 +439,10 @@ def test_the_gap_has_its_controls_and_its_course():
     for course in results["courses"].values():
         steps = [row["step"] for row in course]
         assert steps[0] == 0 and steps == sorted(steps) and course[0]["pair"] < course[-1]["pair"]
-    assert not any(name.endswith(" 14") for name in results["gains"]), (
-        "the shipped towers count once"
-    )
-    assert all(
-        by["raw"]["low"] <= by["raw"]["r"] <= by["raw"]["high"]
-        for by in results["correlations"].values()
-    )
+    names = list(results["gains"])
+    assert not any(name.endswith(" 14") for name in names), "the shipped towers count once"
+    for by in results["correlations"].values():
+        assert by["raw"]["low"] <= by["raw"]["r"] <= by["raw"]["high"]
 
 
 def test_a_third_sound_leads_nowhere_and_the_cache_helps_only_what_was_pictured():
@@ -479,9 +454,8 @@ def test_a_third_sound_leads_nowhere_and_the_cache_helps_only_what_was_pictured(
     for name in ("swap", "mixture", "direction"):
         for part, sign in dict(seen=1, unseen=-1).items():
             d = sums[name][part]["difference"]
-            assert (
-                all(sign * x > 0 for x in (d["low"], d["high"], *d["seeds"])) and d["p_holm"] < 0.05
-            ), (name, part)
+            assert d["p_holm"] < 0.05, (name, part)
+            assert all(sign * x > 0 for x in (d["low"], d["high"], *d["seeds"])), (name, part)
 
 
 def test_sums_are_compared_question_by_question():
@@ -497,60 +471,59 @@ def test_sums_are_compared_question_by_question():
             assert sum(shares) == pytest.approx(1, abs=1e-3)
 
 
+def assert_ends(case, when, cell):
+    "Every answer ends one way; what cannot be right is not, and nobody refuses untaught."
+    assert sum(share["mean"] for share in cell.values()) == pytest.approx(1, abs=1e-3)
+    if when == "before":
+        assert cell["refused"]["mean"] == 0, "nobody had taught it to refuse"
+    if case in ("noise", "mean picture", "zero", "strange questions", "new questions"):
+        assert cell["right"]["mean"] == 0, "nothing can be right"
+
+
 def test_answers_that_should_not_be_given_are_counted_in_full():
     results = load_results("silence")
     assert len(results["seeds"]) >= 3 and results["best"] in results["lessons"]
     everything = results["outcomes"] | results["other_outcomes"]
-    empty = ("noise", "mean picture", "zero", "strange questions", "new questions")
     for case, by in everything.items():
         for when, rows in by.items():
-            for cells in rows.values():
-                assert sum(s["mean"] for s in cells.values()) == pytest.approx(1, abs=1e-3), (
-                    "every answer ends one way"
-                )
-                assert when != "before" or cells["refused"]["mean"] == 0, (
-                    "nobody had taught it to refuse"
-                )
-                assert case not in empty or cells["right"]["mean"] == 0, "nothing can be right"
+            for cell in rows.values():
+                assert_ends(case, when, cell)
     for key, d in results["changes"].items():
         row, case, outcome, *control = key.split(", ")
         if control:
             continue
-        gained = (everything[case][when][row][outcome]["mean"] for when in ("after", "before"))
-        assert next(gained) - next(gained) == pytest.approx(d["mean"], abs=2e-4)
+        before, after = (everything[case][when][row][outcome] for when in ("before", "after"))
+        assert after["mean"] - before["mean"] == pytest.approx(d["mean"], abs=2e-4)
     for curve in results["curves"].values():
         assert curve["coverage"] == sorted(curve["coverage"]) and curve["coverage"][-1] <= 1
 
 
 def test_what_was_never_pictured_is_followed_from_the_feature_to_the_answer():
     results = load_results("silence")
-    assert list(results["places"])[0] == "search" and list(results["places"])[-1] == "answer"
-    assert {
-        name: by for name, by in results["places"].items() if name in results["probes"]["pictured"]
-    } == results["probes"]["pictured"]
-    for name, row in results["remedies"].items():
+    places, remedies = results["places"], results["remedies"]
+    assert list(places)[0] == "search" and list(places)[-1] == "answer"
+    probes = results["probes"]["pictured"]
+    assert {name: by for name, by in places.items() if name in probes} == probes
+    for name, row in remedies.items():
         for part in ("seen", "unseen"):
-            gained = row[part]["both"]["mean"] - results["places"]["answer"][part]["both"]["mean"]
+            gained = row[part]["both"]["mean"] - places["answer"][part]["both"]["mean"]
             assert gained == pytest.approx(row["difference"][part]["mean"], abs=2e-4), name
-    bind, lora = (
-        results["remedies"][f"{which}: pictures of all"]["unseen"]["both"]["mean"]
-        for which in ("bind", "LoRA")
-    )
-    assert bind - lora == pytest.approx(results["bind_over_lora"]["unseen"]["mean"], abs=2e-4)
+    bind, lora = (remedies[f"{which}: pictures of all"]["unseen"] for which in ("bind", "LoRA"))
+    difference = results["bind_over_lora"]["unseen"]["mean"]
+    assert bind["both"]["mean"] - lora["both"]["mean"] == pytest.approx(difference, abs=2e-4)
 
 
 def test_a_part_of_the_search_for_the_never_pictured_is_found_again():
-    "The kinds of new pictures of never-pictured combinations, searched among sentences by the shipped towers."
-    model, published = (
-        seed_models([0])[0],
-        load_results("silence")["never"]["unseen"]["image"]["search"],
-    )
+    "The kinds of new, never-pictured combinations, searched among sentences by shipped towers."
+    model = seed_models([0])[0]
+    results = load_results("silence")
     things, features = modality_features(model, "test_unseen", modalities=("image",))
-    prototypes = text_prototypes(
-        lambda texts: extract_features(
-            model.encoder, "text", read_recording(model.processor, "text", texts)
-        )
-    )
-    found = zero_shot(features["image"], prototypes, every_thing())
-    low, high = wilson(published["kind"]["mean"], load_results("silence")["n_unseen"])
+
+    def embed(texts):
+        recording = read_recording(model.processor, "text", texts)
+        return extract_features(model.encoder, "text", recording)
+
+    found = zero_shot(features["image"], text_prototypes(embed), every_thing())
+    published = results["never"]["unseen"]["image"]["search"]["kind"]["mean"]
+    low, high = wilson(published, results["n_unseen"])
     assert low <= (found["kind"] == things.kind).float().mean() <= high

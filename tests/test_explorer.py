@@ -1,9 +1,8 @@
-"Explorer: functions agree with the model's own; controls do what they say, never block and never fail in silence."
+"The explorer: functions agree with the model; controls do what they say and never fail in silence."
 
 import itertools
 import sys
 import time
-from dataclasses import asdict
 from html import unescape
 from threading import Event, Thread
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from plotly.basedatatypes import BaseFigure
 
 import ibllm
-from ibllm.config import MODALITIES
+from ibllm.config import MODALITIES, CacheSettings
 from ibllm.explorer.show import (
     combine,
     draw_cloud,
@@ -78,10 +77,13 @@ def explorer(model, samples, pictures, atlas):
 
 @pytest.fixture
 def bell(samples):
-    return {"audio": (samples["bell"]["audio"], 1.0), "depth": (samples["bell"]["depth"], 0.5)}
+    return {"audio": samples["bell"]["audio"], "depth": samples["bell"]["depth"]}
 
 
-def endless(self, inputs, question, cache, scale):
+WEIGHTS = {"audio": 1.0, "depth": 0.5}
+
+
+def endless(self, inputs, prompt, weights, cache, scale):
     for i in itertools.count():
         time.sleep(0.005)
         yield f"{i} "
@@ -97,7 +99,7 @@ def until(condition):
 # Functions
 
 
-def test_samples_are_sorted_by_thing_and_sense(samples, tmp_path):
+def test_samples_are_sorted_by_thing_and_modality(samples, tmp_path):
     assert all(set(files) == set(MODALITIES) for files in samples.values())
     for name in ("old_bell_audio.wav", "bell_smell.wav", "audio.wav", "bell_audio"):
         (tmp_path / name).touch()
@@ -110,13 +112,20 @@ def test_a_folder_without_samples_is_explained(tmp_path):
 
 
 def test_neighbours_are_those_the_model_uses(model, bell):
-    found = neighbours(model, bell, k=4, temperature=7.0)
-    feature = model.prepare(bell, cache=False)
+    found = neighbours(model, bell, WEIGHTS, k=4, temperature=7.0)
+    feature = model.prepare(bell, WEIGHTS, cache=False)
     mixed = torch.nn.functional.normalize(0.5 * feature + 0.5 * found.prototype, dim=1)
-    torch.testing.assert_close(
-        mixed, model.prepare(bell, cache=dict(k=4, temperature=7.0, weight=0.5))
-    )
+    settings = CacheSettings(k=4, temperature=7.0, weight=0.5)
+    torch.testing.assert_close(mixed, model.prepare(bell, WEIGHTS, settings))
     torch.testing.assert_close(found.weights, torch.softmax(7 * found.similarities, dim=1))
+
+
+def test_weights_reach_everything_that_is_shown(model, bell):
+    quiet, loud = {"audio": 0.1}, {"audio": 10.0}
+    found = [neighbours(model, bell, weights).similarities for weights in (quiet, loud)]
+    assert not torch.equal(*found)
+    told = [next_tokens(model, bell, QUESTION, weights, scales=(1,)) for weights in (quiet, loud)]
+    assert not torch.equal(told[0].probabilities, told[1].probabilities)
 
 
 def test_neighbours_need_a_cache_and_a_feature(model, bell, monkeypatch):
@@ -131,18 +140,15 @@ def test_neighbours_need_a_cache_and_a_feature(model, bell, monkeypatch):
 
 @torch.no_grad()
 def test_next_tokens_go_from_the_language_model_alone_to_the_trained_model(model, bell):
-    told = next_tokens(model, bell, QUESTION, (0, 1), cache=False, count=5)
-    [answer] = model.generate(bell, QUESTION, cache=False)
-    assert answer.startswith(told.written.strip()) and told.probabilities.shape == (
-        2,
-        len(told.tokens),
-    ) == (2, 5)
-    written = model.tokenizer(told.written, add_special_tokens=False, return_tensors="pt")[
-        "input_ids"
-    ].long()
-    ids = torch.cat([model.tokenize([QUESTION])["input_ids"], written], dim=1)
+    told = next_tokens(model, bell, QUESTION, WEIGHTS, cache=False, scales=(0, 1), count=5)
+    [answer] = model.generate(bell, QUESTION, WEIGHTS, cache=False)
+    assert answer.startswith(told.written.strip())
+    assert told.probabilities.shape == (2, len(told.tokens)) == (2, 5)
+    written = model.tokenizer(told.written, add_special_tokens=False, return_tensors="pt")
+    ids = [model.tokenize([QUESTION])["input_ids"], written["input_ids"].long()]
+    ids = torch.cat(ids, dim=1)
     alone = model.llm(ids).logits[0, -1].softmax(-1)
-    whole = model(ids, model.prepare(bell, cache=False)).logits[0, -1].softmax(-1)
+    whole = model(ids, model.prepare(bell, WEIGHTS, cache=False)).logits[0, -1].softmax(-1)
     for row, wanted in zip(told.probabilities, (alone, whole)):
         assert all((wanted - p).abs().min() < 1e-5 for p in row)
     best = told.probabilities.amax(0)
@@ -151,19 +157,18 @@ def test_next_tokens_go_from_the_language_model_alone_to_the_trained_model(model
 
 
 def test_next_tokens_are_shown_where_the_scales_disagree(model, bell):
-    told = next_tokens(model, bell, QUESTION, (0, 1), cache=False, count=len(model.tokenizer))
-    first = next_tokens(
-        model, bell, QUESTION, (1,), cache=False, count=len(model.tokenizer)
-    )  # one scale: no dispute
+    options = {"cache": False, "count": len(model.tokenizer)}
+    told = next_tokens(model, bell, QUESTION, scales=(0, 1), **options)
+    first = next_tokens(model, bell, QUESTION, scales=(1,), **options)  # one scale: no dispute
     assert first.written == "" and first.probabilities.sum().item() == pytest.approx(1, abs=1e-4)
     assert (told.probabilities[0] - told.probabilities[1]).abs().sum() > 0.1
 
 
 def test_next_tokens_take_the_cache_into_account(model, bell):
-    first, second = (
-        next_tokens(model, bell, QUESTION, (1,), cache).probabilities for cache in (False, True)
-    )
-    assert not torch.equal(first, second)
+    caches = (False, None, CacheSettings(weight=1.0))
+    told = [next_tokens(model, bell, QUESTION, cache=cache, scales=(1,)) for cache in caches]
+    assert not torch.equal(told[0].probabilities, told[1].probabilities)
+    assert not torch.equal(told[1].probabilities, told[2].probabilities)
 
 
 @pytest.mark.parametrize(
@@ -171,40 +176,29 @@ def test_next_tokens_take_the_cache_into_account(model, bell):
 )
 def test_bad_scales_are_explained(model, bell, scales, got):
     with pytest.raises(ValueError, match=f"scales?: got {got}, wants .* finite number"):
-        next_tokens(model, bell, QUESTION, scales)
+        next_tokens(model, bell, QUESTION, scales=scales)
 
 
 def test_view_has_both_charts(model, bell):
-    figure = draw_view(
-        model, bell, QUESTION, dict(k=4, temperature=7.0, weight=0.5), scale=2.0, title="$a title"
-    )
+    cache = CacheSettings(k=4, temperature=7.0)
+    figure = draw_view(model, bell, QUESTION, WEIGHTS, cache, scale=2.0, title="$a title")
     left, right = figure.axes
     assert isinstance(figure, Figure) and len(left.patches) == 4 and len(right.patches) == 12
-    assert [text.get_text() for text in right.get_legend().get_texts()] == [
-        "injection × 0",
-        "injection × 2",
-    ]
+    legend = [text.get_text() for text in right.get_legend().get_texts()]
+    assert legend == ["injection × 0", "injection × 2"]
     assert draw_view(model, {}, QUESTION).axes[0].texts[0].get_text() == "the cache is not used"
 
 
 def test_inputs_are_shown_as_the_model_got_them(model, samples):
-    shown = {
-        modality: show_input(model.processor, modality, path, "<a> bell")
-        for modality, path in samples["bell"].items()
-    }
-    assert "bell" in shown["text"] and "<audio" in shown["audio"] and "<video" in shown["video"]
-    assert all(
-        "image/png" in shown[modality]
-        for modality in ("image", "audio", "point", "depth", "thermal", "imu")
-    )
-    assert all(
-        "<a> bell" not in html and "&lt;a&gt; bell" in html
-        for modality, html in shown.items()
-        if modality != "text"
-    )
-    assert " autoplay" in show_input(
-        model.processor, "audio", samples["bell"]["audio"].read_bytes(), "", play=True
-    )
+    shown = {}
+    for modality, path in samples["bell"].items():
+        shown[modality] = show_input(model.processor, modality, path, "<a> bell")
+    assert "bell" in shown.pop("text")
+    assert "<audio" in shown["audio"] and "<video" in shown["video"]
+    assert all("image/png" in html for modality, html in shown.items() if modality != "video")
+    assert all("<a> bell" not in html and "&lt;a&gt; bell" in html for html in shown.values())
+    sound = samples["bell"]["audio"].read_bytes()
+    assert " autoplay" in show_input(model.processor, "audio", sound, "", play=True)
     assert "<b>" not in show_input(model.processor, "text", b"<b>bell", "")
     with pytest.raises(ValueError):
         show_input(model.processor, "image", b"no picture", "")
@@ -227,23 +221,20 @@ def test_cloud_keeps_its_points(model, samples):
 def test_thumbnails_show_what_was_found(model, bell, pictures):
     found = neighbours(model, bell, k=4)
     shown = thumbnails(found, pictures)
-    assert shown.count("<img") == thumbnails(found).count("<img") == 4 and shown != thumbnails(
-        found
-    )
+    assert shown.count("<img") == thumbnails(found).count("<img") == 4
+    assert shown != thumbnails(found)
     for similarity, weight in zip(found.similarities[0], found.weights[0]):
         assert f"similar {similarity:.2f}<br>weight {weight:.0%}" in shown
 
 
 def test_memory_pictures_are_those_of_the_memory(model, pictures, monkeypatch):
     rows = torch.tensor([3, 777, len(pictures) - 1])
-    similarities, ids = model.cache.search(
-        model.embed({"image": pictures[rows].numpy()})["image"], 1
-    )
+    features = model.embed({"image": pictures[rows].numpy()})["image"]
+    similarities, ids = model.cache.search(features, 1)
     assert ids[:, 0].tolist() == rows.tolist() and similarities.min() > 0.999
-    monkeypatch.setattr(
-        model, "cache", ibllm.cache.VisualCache.build(torch.randn(500, model.cache.width))
-    )
-    with pytest.raises(ValueError, match="memory: it was not made from"):
+    other = ibllm.cache.VisualCache.build(torch.randn(500, model.cache.width))
+    monkeypatch.setattr(model, "cache", other)
+    with pytest.raises(ValueError, match="model: got a memory of other pictures"):
         memory_pictures(model)
     monkeypatch.setattr(model, "cache", None)
     with pytest.raises(ValueError, match="model: got one without a cache"):
@@ -274,19 +265,14 @@ def test_places_are_stored_for_these_features_only(atlas, tmp_path):
     store_places(atlas, path)
     torch.testing.assert_close(stored_places(atlas, path), atlas.places, atol=0.006, rtol=0)
     assert stored_places(atlas._replace(features=atlas.features.flip(0)), path) is None
-    assert (
-        stored_places(atlas._replace(features=atlas.features[:80], words=atlas.words[:80]), path)
-        is None
-    )
+    fewer = atlas._replace(features=atlas.features[:80], words=atlas.words[:80])
+    assert stored_places(fewer, path) is None
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_pca_keeps_the_two_widest_directions():
-    wide = (
-        torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
-        * torch.tensor([0.1, 5.0, 0.1, 2.0, 0.1])
-        + 3
-    )
+    noise = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
+    wide = noise * torch.tensor([0.1, 5.0, 0.1, 2.0, 0.1]) + 3
     first, second = pca(wide).T
     centred = wide - wide.mean(0)
     assert torch.corrcoef(torch.stack([first, centred[:, 1]]))[0, 1].abs() > 0.99
@@ -303,7 +289,7 @@ def test_sums_of_features(atlas):
     a, b, c = atlas.features[:3].split(1)
     total = combine(a, b, c)
     torch.testing.assert_close(total * (a - b + c).norm(), a - b + c)
-    with pytest.raises(ValueError, match="a − b [+] c: nothing is left"):
+    with pytest.raises(ValueError, match="a − b [+] c: got a sum of length 0"):
         combine(a, 2 * a, a)
 
 
@@ -321,24 +307,21 @@ def test_map_colours_by_kind_and_names_the_kinds(explorer):
 
 
 def marked(explorer, name):
-    [trace] = explorer.map.figure.select_traces(selector=dict(name=name))
+    [trace] = explorer.map.figure.select_traces(selector={"name": name})
     return torch.tensor([trace.x, trace.y]).T
 
 
 def test_marks_follow_the_sliders(explorer, model):
-    explorer.modalities["audio"].choice.label, explorer.modalities["image"].choice.label = (
-        "bell",
-        "ball",
-    )
+    explorer.modalities["audio"].choice.label = "bell"
+    explorer.modalities["image"].choice.label = "ball"
     explorer.worker.join()
     before = marked(explorer, "mixture → enhanced")
     explorer.modalities["audio"].weight.value = 0.1
     explorer.worker.join()
     after, asked = marked(explorer, "mixture → enhanced"), explorer.request()
-    mixture = model.prepare(asked["inputs"], cache=False)
-    both = place_on_map(
-        torch.cat([mixture, model.enhance(mixture, asked["cache"])]), explorer.map.atlas
-    )
+    mixture = model.prepare(asked["inputs"], asked["weights"], cache=False)
+    enhanced = model.prepare(asked["inputs"], asked["weights"], asked["cache"])
+    both = place_on_map(torch.cat([mixture, enhanced]), explorer.map.atlas)
     torch.testing.assert_close(after, both, atol=1e-4, rtol=0)
     assert (before - after).abs().max() > 1e-3
     explorer.cache.use.value = False
@@ -354,16 +337,16 @@ def test_choosing_on_the_map_asks_about_the_recording(explorer):
     assert list(explorer.request()["inputs"]) == ["audio"] and explorer.status.value == "done"
     assert explorer.modalities["audio"].choice.label == explorer.map.atlas.words[3 * 20 + 5]
     assert "<audio" in explorer.map.preview.value and explorer.plain.value
-    torch.testing.assert_close(
-        marked(explorer, "chosen"), explorer.map.atlas.places[65:66], atol=1e-4, rtol=0
-    )
+    place = explorer.map.atlas.places[65:66]
+    torch.testing.assert_close(marked(explorer, "chosen"), place, atol=1e-4, rtol=0)
 
 
 def tell(plot, event, points=()):
     "Let `plot` hear of an `event` on the page at `points` [(trace, number), …]."
     traces, numbers = zip(*points) if points else ((), ())
-    where = dict(trace_indexes=traces, point_indexes=numbers, xs=numbers, ys=numbers)
-    plot.set_state({"_js2py_pointsCallback": dict(event_type=f"plotly_{event}", points=where)})
+    where = {"trace_indexes": traces, "point_indexes": numbers, "xs": numbers, "ys": numbers}
+    told = {"event_type": f"plotly_{event}", "points": where}
+    plot.set_state({"_js2py_pointsCallback": told})
 
 
 def test_pointing_shows_and_clicking_asks(explorer):
@@ -374,10 +357,8 @@ def test_pointing_shows_and_clicking_asks(explorer):
     assert "<audio" in panel.preview.value and " autoplay" in panel.preview.value
     tell(panel.figure, "click", [(3, 5)])
     explorer.worker.join()
-    assert (
-        explorer.modalities["audio"].choice.label == atlas.words[65]
-        and explorer.status.value == "done"
-    )
+    assert explorer.modalities["audio"].choice.label == atlas.words[65]
+    assert explorer.status.value == "done"
 
 
 def test_only_the_last_of_many_is_shown_in_full(explorer, monkeypatch):
@@ -402,23 +383,24 @@ def test_only_the_last_of_many_is_shown_in_full(explorer, monkeypatch):
 def test_a_lasso_chooses_what_is_in_its_middle(explorer, kind):
     panel, atlas = explorer.map, explorer.map.atlas
     x, y = atlas.places[24].tolist()
-    path = f"M{x - 1},{y}L{x},{y + 1}L{x + 1e-9},{y + 1}L{x + 1},{y}L{x},{y - 1}Z"  # more corners at one end
-    drawn = dict(
-        lasso=dict(type="path", path=path),
-        box=dict(type="rect", x0=x + 1, x1=x - 1, y0=y - 1, y1=y + 1),
-    )
+    # more corners at one end
+    path = f"M{x - 1},{y}L{x},{y + 1}L{x + 1e-9},{y + 1}L{x + 1},{y}L{x},{y - 1}Z"
+    drawn = {
+        "lasso": {"type": "path", "path": path},
+        "box": {"type": "rect", "x0": x + 1, "x1": x - 1, "y0": y - 1, "y1": y + 1},
+    }
 
     def let_go():
-        "What the page tells; a pointing mouse may replace its message about points, but not that about the layout."
-        told = dict(relayout_data={"selections": [drawn[kind]]}, source_view_id="the view")
+        """What the page tells.
+
+        A pointing mouse may replace its message about points, but not that about the layout."""
+        told = {"relayout_data": {"selections": [drawn[kind]]}, "source_view_id": "the view"}
         panel.figure.set_state({"_js2py_relayout": told})
 
     let_go()
     explorer.worker.join()
-    assert (
-        atlas.words[24] in panel.preview.value
-        and explorer.modalities["video"].choice.label == atlas.words[24]
-    )
+    assert atlas.words[24] in panel.preview.value
+    assert explorer.modalities["video"].choice.label == atlas.words[24]
     assert panel.figure.to_dict()["layout"]["selections"] == []  # put away
     panel.figure.data[1].visible = "legendonly"
     let_go()
@@ -427,9 +409,12 @@ def test_a_lasso_chooses_what_is_in_its_middle(explorer, kind):
 
 def test_no_edit_is_lost_between_page_and_threads():
     plot, sent = Plot(go.Figure(go.Scatter(x=[], y=[]))), []
-    plot.observe(
-        lambda change: sent.append(change["new"]) if change["new"] else None, "_py2js_update"
-    )
+
+    def note(change):
+        if change["new"]:
+            sent.append(change["new"]["style_data"])
+
+    plot.observe(note, "_py2js_update")
 
     def edit(first):
         for i in range(first, first + 20):
@@ -441,23 +426,20 @@ def test_no_edit_is_lost_between_page_and_threads():
         thread.start()
     while any(thread.is_alive() for thread in threads):
         tell(plot, "hover")
-    assert len(sent) == 80 and all(
-        message["style_data"]["x"] == message["style_data"]["y"] for message in sent
-    )
+    assert len(sent) == 80 and all(edit["x"] == edit["y"] for edit in sent)
 
 
 def test_three_recordings_make_a_sum(explorer, model):
     atlas = explorer.map.atlas
-    for name, i in dict(a=0, b=60, c=67).items():
+    for name, i in {"a": 0, "b": 60, "c": 67}.items():
         explorer.map.action.value = name
         explorer.map.choose(i)
     explorer.worker.join()
     feature = combine(*atlas.features[[0, 60, 67]].split(1))
     [answer] = model.answer(model.enhance(feature), QUESTION)
     assert explorer.status.value == "done" and f"<b>{answer}</b>" in explorer.map.sum.value
-    torch.testing.assert_close(
-        marked(explorer, "a − b + c")[-1:], place_on_map(feature, atlas), atol=1e-4, rtol=0
-    )
+    shown, place = marked(explorer, "a − b + c")[-1:], place_on_map(feature, atlas)
+    torch.testing.assert_close(shown, place, atol=1e-4, rtol=0)
 
 
 def test_what_cannot_be_prepared_says_so(model, samples):
@@ -466,11 +448,8 @@ def test_what_cannot_be_prepared_says_so(model, samples):
 
     explorer = Explorer(model, samples, pictures=fail, atlas=fail)
     explorer.preparation.join()
-    assert (
-        explorer.retrieved.value
-        == explorer.map_box.children[0].value
-        == "<b>no &lt;map&gt; today</b>"
-    )
+    said = "<b>no &lt;map&gt; today</b>"
+    assert explorer.retrieved.value == explorer.map_box.children[0].value == said
     explorer.modalities["audio"].choice.label = "bell"
     explorer.worker.join()
     assert explorer.status.value == "done" and "similar" in explorer.retrieved.value
@@ -486,51 +465,38 @@ def controls(widget: Widget):
 
 
 def test_every_control_has_a_label_and_fits_800_pixels(explorer):
-    leaves = [
-        w
-        for w in controls(explorer)
-        if not hasattr(w, "children") and not isinstance(w, BaseFigure)
-    ]
+    every = list(controls(explorer))
+    leaves = [w for w in every if not hasattr(w, "children") and not isinstance(w, BaseFigure)]
     labels = [w.description for w in leaves if not isinstance(w, HTML)]
     assert all(labels) and len(set(labels)) == len(labels)
     assert all(int(w.layout.width[:-2]) <= 720 for w in leaves if w.layout.width)
-    assert all(
-        w.layout.flex_flow == "row wrap"
-        for w in controls(explorer)
-        if type(w).__name__ in ("HBox", "ModalityRow")
-    )
-    assert not any(
-        getattr(w, "continuous_update", False) for w in leaves if "Slider" in type(w).__name__
-    )
+    rows = [w for w in every if type(w).__name__ in ("HBox", "ModalityRow")]
+    assert all(w.layout.flex_flow == "row wrap" for w in rows)
+    sliders = [w for w in leaves if "Slider" in type(w).__name__]
+    assert len(sliders) == 12 and not any(w.continuous_update for w in sliders)
     assert "/" not in repr(explorer)
 
 
 def test_answers_are_the_models(explorer, model, samples):
-    explorer.modalities["audio"].choice.label, explorer.modalities["point"].choice.label = (
-        "bell",
-        "ball",
-    )
+    explorer.modalities["audio"].choice.label = "bell"
+    explorer.modalities["point"].choice.label = "ball"
+    explorer.modalities["point"].weight.value = 0.4
     explorer.question.value, explorer.scale.value = "what colour is it ?", 1.5
     asked = explorer.request()
-    assert asked["inputs"] == {
-        "audio": (samples["bell"]["audio"], 1.0),
-        "point": (samples["ball"]["point"], 1.0),
-    }
-    assert asked["cache"] == asdict(model.config.cache) and asked["scale"] == 1.5
+    inputs = {"audio": samples["bell"]["audio"], "point": samples["ball"]["point"]}
+    weights = {"audio": 1.0, "point": 0.4}
+    assert (asked["inputs"], asked["weights"]) == (inputs, weights)
+    assert asked["cache"] == model.config.cache and asked["scale"] == 1.5
     explorer.ask_button.click()
     explorer.worker.join()
     assert (explorer.status.value, explorer.stop_button.disabled) == ("done", True)
     for box, cache in ((explorer.cached, asked["cache"]), (explorer.plain, False)):
-        assert (
-            unescape(box.value)
-            == model.generate(asked["inputs"], asked["question"], cache=cache, scale=1.5)[0]
-        )
+        [answer] = model.generate(inputs, asked["question"], weights, cache, scale=1.5)
+        assert unescape(box.value) == answer
     assert explorer.retrieved.value.count("<img") == model.config.cache.k
     assert "<img" in explorer.chart.value and "<img" in explorer.gates.value
-    assert [s for s, card in explorer.given.cards.items() if card.layout.display != "none"] == [
-        "audio",
-        "point",
-    ]
+    cards = explorer.given.cards.items()
+    assert [m for m, card in cards if card.layout.display != "none"] == ["audio", "point"]
 
 
 def test_at_scale_zero_the_language_model_answers_alone(explorer, model):
@@ -597,18 +563,16 @@ def test_asking_again_replaces_the_answer_under_way(explorer, monkeypatch):
     assert explorer.worker is not first and explorer.worker.is_alive()
 
 
+def upload(explorer, content):
+    explorer.modalities["image"].add({"new": [{"name": "a.png", "content": content}]})
+
+
 @pytest.mark.parametrize(
     "upset, words",
     [
         (lambda e: setattr(e.question, "value", " "), "prompts: got"),
-        (
-            lambda e: e.modalities["image"].add({"new": [{"name": "a.png", "content": b"<b>no"}]}),
-            "a.png: cannot be read",
-        ),
-        (
-            lambda e: e.modalities["image"].add({"new": [{"name": "a.png", "content": b""}]}),
-            "a.png: empty; give a picture",
-        ),
+        (lambda e: upload(e, b"<b>no"), "a.png: got what cannot be read"),
+        (lambda e: upload(e, b""), "a.png: got an empty file"),
     ],
     ids=["no question", "no picture", "empty file"],
 )
@@ -626,14 +590,10 @@ def test_errors_are_shown_in_words(explorer, upset, words):
 
 def test_an_uploaded_file_keeps_the_format_that_its_name_tells(explorer):
     shape = b"v 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nf 1 2 3\nf 1 2 4\n"
-    explorer.modalities["point"].add(
-        {"new": [{"name": "corner.obj", "content": memoryview(shape)}]}
-    )
+    row = explorer.modalities["point"]
+    row.add({"new": [{"name": "corner.obj", "content": memoryview(shape)}]})
     explorer.worker.join()
-    assert (
-        explorer.status.value == "done"
-        and explorer.modalities["point"].choice.label == "corner.obj"
-    )
+    assert explorer.status.value == "done" and row.choice.label == "corner.obj"
 
 
 def test_a_model_without_a_cache_has_its_controls_disabled(model, samples, monkeypatch):
@@ -644,11 +604,14 @@ def test_a_model_without_a_cache_has_its_controls_disabled(model, samples, monke
 
 def test_colab_is_told_of_widgets_from_outside_before_any_is_made(model, samples, monkeypatch):
     done, make = [], Explorer._make_controls
+
+    def noted(*args):
+        done.append("made")
+        make(*args)
+
     colab = SimpleNamespace(enable_custom_widget_manager=lambda: done.append("told"))
     monkeypatch.setitem(sys.modules, "google.colab.output", colab)
-    monkeypatch.setattr(
-        Explorer, "_make_controls", lambda *args: done.append("made") or make(*args)
-    )
+    monkeypatch.setattr(Explorer, "_make_controls", noted)
     Explorer(model, samples, pictures=lambda _: None, atlas=lambda _: None).preparation.join()
     assert done[:2] == ["told", "made"]
 

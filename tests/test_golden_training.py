@@ -1,4 +1,6 @@
-"Training against numbers recorded from the released code: labels, schedule, weight decay, order of examples, loss."
+"""Training against numbers recorded from the released code.
+
+Labels, schedule, weight decay, order of examples, loss."""
 
 import json
 import re
@@ -37,6 +39,7 @@ GOLDEN = Path(__file__).parent / "golden"
 RECIPE = json.loads((GOLDEN / "training_tiny/recipe.json").read_text())
 DATA = json.loads((GOLDEN / "dataset_tiny/meta.json").read_text())
 EXPECTED = load_file(GOLDEN / "dataset_tiny/outputs.safetensors")
+PARTS = ("tokens", "labels", "mask")
 pytestmark = pytest.mark.filterwarnings("ignore:adapter. it does not tell:UserWarning")  # ours
 
 
@@ -48,7 +51,7 @@ def words(tmp_path_factory):
     return load_tokenizer(folder)
 
 
-# --- examples ---------------------------------------------------------------------------------------------------------
+# Examples
 
 
 @pytest.mark.parametrize("item", DATA["items"], ids=lambda item: item["key"])
@@ -59,32 +62,29 @@ def test_tokens_and_labels(item, words):
     prompt = PromptTemplate()(instruction, context)
     assert prompt == item["official_prompt_text"]
     example = released_example(words, prompt, answer, item["max_words"])
-    tokens, labels, mask = (
-        EXPECTED[f"{item['key']}/{part}"] for part in ("tokens", "labels", "mask")
-    )
+    tokens, labels, mask = (EXPECTED[f"{item['key']}/{part}"] for part in PARTS)
     assert torch.equal(example["ids"], tokens)
     assert torch.equal(example["labels"].masked_fill(example["labels"] == IGNORE, 0), labels)
-    assert (example["labels"] != IGNORE).sum() == item["n_label_tokens"] and mask.sum() == item[
-        "n_tokens"
-    ]
+    assert (example["labels"] != IGNORE).sum() == item["n_label_tokens"]
+    assert mask.sum() == item["n_tokens"]
 
 
 def test_every_recorded_example_is_checked():
-    assert set(EXPECTED) == {
-        f"{item['key']}/{part}" for item in DATA["items"] for part in ("tokens", "labels", "mask")
-    }
+    names = set()
+    for item in DATA["items"]:
+        names |= {f"{item['key']}/{part}" for part in PARTS}
+    assert set(EXPECTED) == names
 
 
 def test_a_prompt_that_fills_the_length_leaves_nothing_to_learn(words):
     with pytest.raises(ValueError, match="^length: got 1, wants at least 2"):
         released_example(words, "a", "b", 1)
-    with pytest.raises(
-        ValueError, match="^item: got keys .'text'., wants texts: a caption, two conversations, or"
-    ):
+    said = "^item: got keys .'text'., wants texts: a caption, two conversations, or"
+    with pytest.raises(ValueError, match=said):
         released_exercise({"text": "x"})
 
 
-# --- recipe -----------------------------------------------------------------------------------------------------------
+# Recipe
 
 
 @pytest.mark.parametrize("case", RECIPE["lr_schedule"], ids=lambda case: case["name"])
@@ -92,10 +92,8 @@ def test_schedule_and_scaled_groups(case):
     peak = case["blr"] * case["batch"] / 256
     assert peak == pytest.approx(case["peak_lr"])
     for epoch, *rates in case["fractional_epoch__lr__lr_of_a_group_with_lr_scale_0.1"]:
-        ours = [
-            learning_rate(epoch, case["epochs"], case["warmup_epochs"], scale * peak)
-            for scale in (1, 0.1)
-        ]
+        shape = epoch, case["epochs"], case["warmup_epochs"]
+        ours = [learning_rate(*shape, scale * peak) for scale in (1, 0.1)]
         assert ours == pytest.approx(rates, rel=1e-9)
 
 
@@ -104,20 +102,17 @@ def test_schedule_and_scaled_groups(case):
 )
 def test_order_of_examples(draw):
     s = RECIPE["sub_epoch_sampler"]
-    order = sub_epoch(
-        s["dataset_size"], draw["epoch"], s["split_epoch"], s["seed"], draw["rank"], s["replicas"]
-    )
+    place = draw["rank"], s["replicas"]
+    order = sub_epoch(s["dataset_size"], draw["epoch"], s["split_epoch"], s["seed"], *place)
     assert order == draw["indices"]
 
 
 @pytest.mark.parametrize("examples, pieces, world", [(53, 5, 2), (10, 5, 2), (12, 1, 1), (7, 7, 1)])
 def test_a_pass_reads_nothing_twice(examples, pieces, world):
-    read = [
-        i
-        for epoch in range(pieces)
-        for rank in range(world)
-        for i in sub_epoch(examples, epoch, pieces, 3, rank, world)
-    ]
+    read = []
+    for epoch in range(pieces):
+        for rank in range(world):
+            read += sub_epoch(examples, epoch, pieces, 3, rank, world)
     assert len(set(read)) == len(read) == examples // (pieces * world) * pieces * world
     with pytest.raises(ValueError, match="^examples: got 9, wants at least 10"):
         sub_epoch(9, 0, 5, 0, 0, 2)
@@ -143,9 +138,8 @@ def test_weight_decay_spares_what_the_released_code_spares(phase):
     if phase == "pretrain":
         objective = prepare_stage_one(*stage_one)
     else:
-        objective = prepare_stage_two(
-            with_biases(load_llama(GOLDEN / "llama_base_tiny")), *stage_one[1:]
-        )
+        llm = with_biases(load_llama(GOLDEN / "llama_base_tiny"))
+        objective = prepare_stage_two(llm, *stage_one[1:])
     names = {
         id(p): released_name(name) for name, p in objective.named_parameters() if p.requires_grad
     }
@@ -157,7 +151,7 @@ def test_weight_decay_spares_what_the_released_code_spares(phase):
     assert sum(len(group["params"]) for group in groups) == len(names)
 
 
-# --- loss -------------------------------------------------------------------------------------------------------------
+# Loss
 
 
 @pytest.mark.parametrize("form", ["finetune", "finetune_partial", "finetune_legacy", "pretrain"])
@@ -172,9 +166,8 @@ def test_loss(form):
     labels = inputs["train/labels"].masked_fill(inputs["train/labels"] == 0, IGNORE)
     feature = mix([inputs["train/features"]], [1.0])
     objective = NextTokenLoss(*adapted)
-    assert torch.allclose(
-        objective(inputs["train/tokens"], labels, feature), outputs["train/loss"], atol=1e-5
-    )
+    loss = objective(inputs["train/tokens"], labels, feature)
+    assert torch.allclose(loss, outputs["train/loss"], atol=1e-5)
     nothing = objective(inputs["train/tokens"], torch.full_like(labels, IGNORE), feature)
     assert torch.equal(nothing, outputs["train/loss_when_no_labels"])
     nothing.backward()

@@ -141,7 +141,8 @@ def clip_tokenizer():
         for line in gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 1]
     ]
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    printed = [chr(byte) for byte in printable]
+    letters = printed + [chr(256 + n) for n in range(256 - len(printable))]
     words = (
         letters
         + [c + "</w>" for c in letters]
@@ -158,7 +159,9 @@ def test_clip_tokenizer_from_a_folder(tmp_path):
 
 
 def test_over_long_text():
-    "The end token stays; the released code loses it, and then reads the same start token of every long text."
+    """The end token stays.
+
+    The released code loses it, and then reads the same start token of every long text."""
     tokenizer, long = clip_tokenizer(), ["dog " * 100, "cat " * 100]
     ids = load_text(long, InputConfig(), tokenizer)
     assert (
@@ -496,7 +499,7 @@ def test_long_key_frame_distance(tmp_path):
 
 @pytest.mark.parametrize("kind", ["mpegts", "mpeg", "avi", "mp4", "matroska"])
 def test_video_containers(tmp_path, kind):
-    "The same frames from containers that seek by different clocks; 75 frames, brighter and brighter."
+    "75 frames, brighter and brighter, from containers that seek by different clocks."
     codec = dict(mpeg="mpeg1video", avi="mpeg4").get(kind, "libx264")
     with av.open(str(tmp_path / "v"), "w", format=kind) as container:
         stream = container.add_stream(codec, rate=25, width=64, height=64, pix_fmt="yuv420p")
@@ -686,10 +689,12 @@ def test_exr(tmp_path, channels, half):
 def test_exr_is_refused(tmp_path, monkeypatch):
     path, two = tmp_path / "d.exr", np.ones((4, 4), np.float32)
     OpenEXR.File({}, {"R": two, "G": two}).write(str(path))
-    with pytest.raises(ValueError, match=r"d.exr: .*channels G, R; name one of them Z"):
+    with pytest.raises(ValueError, match=r"d.exr: got channels 'G, R', wants one of them called Z"):
         load_depth(path)
     monkeypatch.setitem(sys.modules, "OpenEXR", None)
-    with pytest.raises(ValueError, match="d.exr: .*pip install OpenEXR, or save as npy or TIFF"):
+    with pytest.raises(
+        ValueError, match="d.exr: got OpenEXR, wants npy or TIFF, or .*pip install OpenEXR"
+    ):
         load_depth(path)
 
 
@@ -752,7 +757,7 @@ def test_imu_sources():
 
 
 def test_imu_file_with_times_takes_no_rate():
-    with pytest.raises(TypeError, match="give it without a rate"):
+    with pytest.raises(TypeError, match="wants the file without a rate"):
         load_imu((imu_csv(rng.normal(size=(6, 64)), np.arange(64) / 64), 64), SMALL)
 
 
@@ -773,6 +778,25 @@ def test_one_reading():
 
 def test_config_survives_json():
     assert InputConfig(**json.loads(json.dumps(asdict(SMALL)))) == SMALL
+
+
+def test_a_processor_survives_its_folder(tmp_path):
+    tokenizer = clip_tokenizer()
+    before = Processor(SMALL, tokenizer)
+    before.save_pretrained(tmp_path / "whole")
+    Processor(SMALL).save_pretrained(str(tmp_path / "wordless"))
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == ["processor_config.json", "text_tokenizer"]
+    after = Processor.from_pretrained(tmp_path / "whole")
+    assert after.config == SMALL and torch.equal(
+        after("text", "a photo of a cat"), before("text", "a photo of a cat")
+    )
+    wave = rng.uniform(-1, 1, 8000)
+    assert torch.equal(after("audio", wave), before("audio", wave))
+    wordless = Processor.from_pretrained(str(tmp_path / "wordless"))
+    assert wordless.config == SMALL and wordless.tokenizer is None
+    record = json.loads((tmp_path / "wordless" / "processor_config.json").read_text())
+    assert InputConfig.from_dict(record) == SMALL
 
 
 def test_arrays_are_not_changed():

@@ -1,8 +1,12 @@
-"Bad sources: one line that says what was found, quickly, in little memory, and without running anything."
+"""Bad sources: one line that says what was found and what was wanted.
+
+Quickly, in little memory, and without running anything."""
 
 import io
+import json
 import os
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -18,6 +22,7 @@ from PIL import Image
 
 from ibllm.config import InputConfig
 from ibllm.inputs.processor import Processor
+from ibllm.inputs.sources import InputError
 from ibllm.inputs.text import load_text
 
 torch.set_num_threads(1)
@@ -30,17 +35,16 @@ NOISE = np.random.default_rng(1).bytes(200_000)
 PROCESSOR = Processor(InputConfig(image_size=32))
 
 
+def png_part(kind, data):
+    check = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + check
+
+
 def png(width, height):
     "A small file that claims any size."
-    part = lambda kind, data: (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    )
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + part(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        + part(b"IDAT", zlib.compress(bytes(1000)))
-        + part(b"IEND", b"")
-    )
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = png_part(b"IHDR", head), png_part(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + png_part(b"IEND", b"")
 
 
 def wav(claim, rate=16_000, channels=1, samples=1000):
@@ -79,7 +83,7 @@ def npy(shape, kind="<f4"):
 
 def npy_with_pickle():
     file = io.BytesIO()
-    np.save(file, np.array([Touch()], object), allow_pickle=True)
+    np.save(file, np.array([[Touch()] * 3] * 3, object), allow_pickle=True)
     return file.getvalue()
 
 
@@ -110,8 +114,10 @@ def pt(value):
     return file.getvalue()
 
 
-PLY = b"ply\nformat %s 1.0\nelement vertex %d\nproperty float x\nproperty float y\nproperty float z\n%send_header\n"
-PCD = b"VERSION 0.7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nWIDTH 9\nHEIGHT 1\nPOINTS %d\nDATA %s\n"
+AXES = b"property float x\nproperty float y\nproperty float z\n"
+PLY = b"ply\nformat %s 1.0\nelement vertex %d\n" + AXES + b"%send_header\n"
+FIELDS = b"FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\n"
+PCD = b"VERSION 0.7\n" + FIELDS + b"WIDTH 9\nHEIGHT 1\nPOINTS %d\nDATA %s\n"
 PLAYLIST = (
     b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile://%s\n#EXT-X-ENDLIST\n"
     % os.fsencode(FILES / "clip_6400ms.mp4")
@@ -137,7 +143,7 @@ CASES = {
         (NPY, "picture"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known picture"),
         (np.zeros((0, 3, 3), np.uint8), "shape (0, 3, 3)"),
-        (np.zeros(5, np.uint8), "expected [H, W]"),
+        (np.zeros(5, np.uint8), "wants [H, W]"),
         (np.zeros((3, 32, 32), np.uint8), "channels go last"),
         (np.zeros((9, 900, 3), np.uint8), "one side"),
         (np.full((4, 4, 3), 300), "from 300 to 300"),
@@ -150,7 +156,7 @@ CASES = {
     ],
     "audio": [
         (b"", "empty"),
-        (b"x", "read as a sound"),
+        (b"x", "wants a sound"),
         (WAV[:50], "cut off"),
         (WAV[:-20_000], "cut off"),
         (wav(10**6), "cut off"),
@@ -160,7 +166,7 @@ CASES = {
         (wav(2000, 2**32 - 1), "sound"),
         (wav(2000, channels=1000), "1000 channels"),
         (wav(0, samples=0), "no samples"),
-        (flac_claiming_days(), "cut it to"),
+        (flac_claiming_days(), "wants a sound cut to"),
         (sound("FLAC", -30_000), "sound"),
         (sound("OGG", 5000), "sound"),
         (sound("MP3", 5000), "sound"),
@@ -208,7 +214,7 @@ CASES = {
         (b"x", "xyz format"),
         (NPY[:200], "cut off"),
         (npy((10**12, 3)), "claims shape"),
-        (npy((9, 3), "|O"), "npy format"),
+        (npy((9, 3), "|O"), "wants a whole npy file"),
         (npy_with_pickle(), "npy format"),
         (pt({"a": Touch()}), "Weights only"),
         (pickle.dumps(Touch()), "xyz format"),
@@ -234,7 +240,7 @@ CASES = {
         (PCD % (10**11, b"binary") + bytes(24), "pcd format"),
         (PCD % (3, b"ascii") + b"1 2 3\n", "1 of 3"),
         (PCD % (3, b"binary_compressed"), "save it as binary"),
-        (b"5\n1 2 3\n", "1 lines of numbers, 5 expected"),
+        (b"5\n1 2 3\n", "1 lines of numbers, wants 5"),
         (b"1 2\n3 4\n", "[N, 3]"),
         (b"1 2 x\n", "xyz format"),
         (b"nan nan nan\n1 2 3\n", "NaN"),
@@ -284,8 +290,8 @@ CASES = {
     ],
     "imu": [
         (b"", "empty"),
-        (b"x", "expected the columns"),
-        (b"1,2,3,4,5,6\n" * 4, "expected the columns"),
+        (b"x", "wants the columns"),
+        (b"1,2,3,4,5,6\n" * 4, "wants the columns"),
         (HEAD, "0 lines"),
         (HEAD + b"1,2,3,4,5\n" * 2, "2 lines of 5"),
         (HEAD + b"1,2,3,4,5,x\n", "IMU recording"),
@@ -309,20 +315,27 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "modality,number", [(m, i) for m, cases in CASES.items() for i in range(len(cases))]
-)
+def numbered():
+    "(modality, number) of every case."
+    for modality, cases in CASES.items():
+        for number in range(len(cases)):
+            yield modality, number
+
+
+def is_refusal(text):
+    "Whether an error has the one form of all refusals, on one line."
+    return "\n" not in text and re.fullmatch(r".+?: got .+, wants .+", text)
+
+
+@pytest.mark.parametrize("modality, number", [*numbered()])
 def test_bad_source(modality, number, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     source, expected = CASES[modality][number]
     with within(), warnings.catch_warnings(), pytest.raises(ValueError) as failure:
         warnings.simplefilter("error")
         PROCESSOR(modality, source)
-    assert (
-        expected in str(failure.value)
-        and "\n" not in str(failure.value)
-        and len(str(failure.value)) < 300
-    )
+    text = str(failure.value)
+    assert expected in text and is_refusal(text) and len(text) < 300
     assert not any(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
 
 
@@ -346,11 +359,7 @@ def test_bad_file_is_named(modality, tmp_path):
     for wrong in (None, 5, {}, (path, 5, 5)):
         with pytest.raises((TypeError, ValueError)) as failure:
             PROCESSOR(modality, wrong)
-        assert (
-            "\n" not in str(failure.value)
-            and "expected" in str(failure.value)
-            or "give" in str(failure.value)
-        )
+        assert is_refusal(str(failure.value))
 
 
 @pytest.mark.parametrize("modality", CASES)
@@ -373,7 +382,7 @@ def test_damaged_files_raise_nothing_else(modality):
         try:
             assert PROCESSOR(modality, bytes(data)).isfinite().all()
         except ValueError as error:
-            assert "\n" not in str(error)
+            assert is_refusal(str(error))
 
 
 def depth_png():
@@ -382,33 +391,127 @@ def depth_png():
     return file.getvalue()
 
 
+class Words:
+    "As much of a tokenizer as a text without words needs."
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def __len__(self):
+        return 3
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[] for _ in texts]}
+
+
 def test_text_errors(tmp_path):
-    with pytest.raises(ValueError, match="tokenizer: got None"):
+    with pytest.raises(ValueError, match="tokenizer: got None, wants the text encoder's"):
         PROCESSOR("text", "a dog")
-    with pytest.raises(ValueError, match="expected one of image, video"):
+    with pytest.raises(ValueError, match="modality: got 'smell', wants one of image, video"):
         PROCESSOR("smell", "a rose")
-
-    class Words:
-        bos_token_id, eos_token_id = 1, 2
-
-        def __len__(self):
-            return 3
-
-        def __call__(self, texts, **_):
-            return {"input_ids": [[] for _ in texts]}
-
-    with pytest.raises(ValueError, match="empty list"):
+    with pytest.raises(ValueError, match="^text: got an empty list, wants"):
         load_text([], InputConfig(), Words())
     with pytest.raises(ValueError, match="characters"):
         load_text("x" * 2_000_000, InputConfig(), Words())
     for text in ("&#" + "9" * 5000 + ";", "half a character: \ud800"):
-        with pytest.raises(ValueError, match="^text: cannot be read"):
+        with pytest.raises(ValueError, match="^text: got what cannot be read"):
             load_text(text, InputConfig(), Words())
     (tmp_path / "t.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match="UTF-8"):
         load_text(tmp_path / "t.txt", InputConfig(), Words())
-    with pytest.raises(TypeError, match="give a text"):
+    with pytest.raises(TypeError, match="^source: got int, wants a text"):
         load_text(5, InputConfig(), Words())
+
+
+PATHS = [
+    "bell.wav",
+    "notes.txt",
+    "sounds/bell",
+    "sounds\\bell",
+    "./a.m4a",
+    "/no/such/folder/",
+    "a&amp;b.mp3",
+    "schön.jpeg",
+    "half\ud800.png",
+    "zero\0.png",
+    "bell(1).wav",
+    "x" * 5000 + ".txt",
+]
+TEXTS = [
+    "",
+    " ",
+    "bell",
+    "a bell rings.",
+    "ring!",
+    "hear bell.wav",
+    "bell.wav and/or sounds/bell",
+    "bell.wav\n",
+    "wait...",
+    "name.longer1",
+    "3.5",
+    "1/2",
+    "24.12.2024",
+    "etc.",
+]
+
+
+@pytest.mark.parametrize("text", PATHS)
+def test_a_path_as_text_is_refused_whether_there_is_a_file_or_not(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bell.wav").touch()
+    for source in (text, ["a dog", text]):
+        with pytest.raises(InputError) as failure:
+            load_text(source, InputConfig(), Words())
+        said = str(failure.value)
+        assert is_refusal(said) and len(said) < 300
+        assert said.startswith("text: got ") and "looks like the name of a file" in said
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_other_texts_are_texts(text):
+    assert load_text(text, InputConfig(), Words()).shape == (1, 77)
+
+
+def test_only_a_string_is_taken_for_a_path(tmp_path, monkeypatch):
+    "What is in a file or bytes is read whatever it says; a missing `Path` is a missing file."
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "words.txt"
+    path.write_text("bell.wav")
+    for source in (path, b"bell.wav", io.BytesIO(b"bell.wav")):
+        assert load_text(source, InputConfig(), Words()).shape == (1, 77)
+    with pytest.raises(FileNotFoundError, match="no such file, wants the path of a text"):
+        load_text(Path("bell.wav"), InputConfig(), Words())
+
+
+def test_folders_without_a_processor_are_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match="^folder: got .* without processor_config"):
+            Processor.from_pretrained(folder)
+    for folder in (None, 5, b"x"):
+        with pytest.raises(TypeError, match="^folder: got .*, wants the path of a folder"):
+            Processor.from_pretrained(folder)
+    file = tmp_path / "processor_config.json"
+    for text in ("", "[]", "{", '{"image_size": -1}', '{"smell_size": 3}'):
+        file.write_text(text)
+        with pytest.raises(ValueError) as failure:
+            Processor.from_pretrained(tmp_path)
+        assert is_refusal(str(failure.value))
+    with pytest.raises(OSError, match="folder: got .*, wants a folder that can be written"):
+        Processor().save_pretrained(file)
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path):
+    "Nor is code in the folder run."
+    Processor().save_pretrained(tmp_path)
+    (tmp_path / "text_tokenizer").mkdir()
+    auto = {"AutoTokenizer": ["evil.Words", None]}
+    settings = {"tokenizer_class": "Words", "auto_map": auto}
+    (tmp_path / "text_tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    (tmp_path / "text_tokenizer" / "evil.py").write_text(code)
+    with pytest.raises(ValueError, match="^folder: got .*tokenizer.*, wants a tokenizer"):
+        Processor.from_pretrained(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_config_errors():
@@ -417,10 +520,6 @@ def test_config_errors():
 
 
 def test_a_wave_of_unknown_length_is_read():
-    assert PROCESSOR("audio", wav(2**32 - 1)[:4] + b"\xff" * 4 + wav(2**32 - 1)[8:]).shape == (
-        1,
-        3,
-        1,
-        128,
-        204,
-    )
+    endless = wav(2**32 - 1)
+    x = PROCESSOR("audio", endless[:4] + b"\xff" * 4 + endless[8:])
+    assert x.shape == (1, 3, 1, 128, 204)

@@ -10,16 +10,28 @@ from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    XGLMConfig,
+    XGLMForCausalLM,
 )
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from ibllm.llama import GatedInjection, enable_injection, merged
+from ibllm.llama import (
+    GatedInjection,
+    check_base,
+    check_values,
+    enable_injection,
+    merged,
+    read_llm,
+    value_fingerprint,
+)
 
 SIZES = dict(
     vocab_size=61,
@@ -135,16 +147,12 @@ def test_left_padded_row_equals_batch_of_one(name):
 @torch.no_grad()
 def test_cached_generation_equals_full_recomputation(name):
     llm = enable_injection(make(name))
-    values, options = (
-        open_injection().gated_values(BIND, llm),
-        dict(max_new_tokens=8, min_new_tokens=8),
-    )
-    cached = llm.generate(IDS, attention_mask=MASK, gated_values=values, **options)
-    assert torch.equal(
-        cached,
-        llm.generate(IDS, attention_mask=MASK, gated_values=values, use_cache=False, **options),
-    )
-    assert not torch.equal(cached, llm.generate(IDS, attention_mask=MASK, **options))
+    values = open_injection().gated_values(BIND, llm)
+    options = dict(attention_mask=MASK, max_new_tokens=8, min_new_tokens=8)
+    cached = llm.generate(IDS, gated_values=values, **options)
+    anew = llm.generate(IDS, gated_values=values, use_cache=False, **options)
+    assert torch.equal(cached, anew)
+    assert not torch.equal(cached, llm.generate(IDS, **options))
 
 
 @torch.no_grad()
@@ -153,13 +161,13 @@ def test_cached_generation_equals_full_recomputation(name):
 )
 @pytest.mark.parametrize("cached", [True, False], ids=["cache", "no_cache"])
 def test_one_request_equals_its_row_of_eight(name, dtype, tolerance, cached):
-    """Eight prompts of length 2 to 9, padded on the left, read to the end and then six more tokens, with and without
-    the cache of keys and values: the same logits as alone, relative to their spread."""
+    """Eight prompts of length 2 to 9, padded on the left, read to the end and then six more tokens.
+
+    With and without the cache of keys and values: the same logits as alone, relative to their
+    spread."""
     llm, draw = enable_injection(make(name).to(dtype)), torch.Generator().manual_seed(5)
-    ids, more = (
-        torch.randint(3, 61, (8, 9), generator=draw),
-        torch.randint(3, 61, (8, 6), generator=draw),
-    )
+    ids = torch.randint(3, 61, (8, 9), generator=draw)
+    more = torch.randint(3, 61, (8, 6), generator=draw)
     mask = (torch.arange(9) >= torch.arange(8)[:, None]).long()
     values = open_injection().gated_values(torch.randn(8, 24, generator=draw), llm)
 
@@ -168,16 +176,11 @@ def test_one_request_equals_its_row_of_eight(name, dtype, tolerance, cached):
         prompt, seen = ids[row, start:], mask[row, start:]
         positions = (seen.cumsum(1) - 1).clamp(min=0)
         if not cached:
-            whole, everything = (
-                torch.cat([prompt, more[row]], 1),
-                torch.cat([seen, torch.ones_like(more[row])], 1),
-            )
+            whole = torch.cat([prompt, more[row]], 1)
+            everything = torch.cat([seen, torch.ones_like(more[row])], 1)
             positions = (everything.cumsum(1) - 1).clamp(min=0)
-            return (
-                llm(whole, attention_mask=everything, position_ids=positions, **inside)
-                .logits[:, -7:]
-                .float()
-            )
+            output = llm(whole, attention_mask=everything, position_ids=positions, **inside)
+            return output.logits[:, -7:].float()
         output = llm(prompt, attention_mask=seen, position_ids=positions, use_cache=True, **inside)
         steps = [output.logits[:, -1:]]
         for i in range(6):
@@ -237,7 +240,7 @@ def lora(llm, **options):
 @pytest.mark.parametrize("enable_first", [True, False])
 def test_lora_does_not_touch_the_injected_values(name, enable_first):
     bare, injection = make(name), open_injection()
-    expected = injection.gated_values(BIND, bare)
+    expected = injection.gated_values(BIND, enable_injection(make(name)))
     llm = lora(enable_injection(bare)) if enable_first else enable_injection(lora(bare))
     assert torch.equal(injection.gated_values(BIND, llm), expected)
     with_lora = llm(IDS, gated_values=expected).logits
@@ -259,14 +262,12 @@ def test_lora_does_not_touch_the_injected_values(name, enable_first):
 )  # old releases know no other name
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_what_learns_and_nothing_else(checkpointing):
-    llm, injection, bind = (
-        lora(enable_injection(make("qwen2"))),
-        open_injection(),
-        BIND.clone().requires_grad_(),
-    )
+    llm, injection = lora(enable_injection(make("qwen2"))), open_injection()
+    bind = BIND.clone().requires_grad_()
 
     def gradients():
-        llm.zero_grad(), injection.zero_grad()
+        llm.zero_grad()
+        injection.zero_grad()
         bind.grad = None
         llm(IDS, labels=IDS, gated_values=injection.gated_values(bind, llm)).loss.backward()
         return [bind.grad.clone(), injection.gates.grad.clone(), injection.queries.grad.clone()]
@@ -281,7 +282,7 @@ def test_gradients_reach_what_learns_and_nothing_else(checkpointing):
 
 
 def test_merged_lora_is_refused():
-    llm = lora(make("llama"))
+    llm = lora(enable_injection(make("llama")))
     llm.merge_adapter()
     with pytest.raises(ValueError, match="^llm: got LoRA merged into `v_proj`"):
         open_injection().gated_values(BIND, llm)
@@ -318,12 +319,8 @@ def test_whatever_is_merged_speaks_as_before_and_is_put_back(kind):
         LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=kind == "tied")
     ).eval()
     options = {"dora": dict(use_dora=True), "lora_bias": dict(lora_bias=True)}.get(kind, {})
-    targets = [
-        "q_proj",
-        "k_proj",
-        "o_proj",
-        *(["embed_tokens", "lm_head"] if kind == "tied" else []),
-    ]
+    targets = ["q_proj", "k_proj", "o_proj"]
+    targets += ["embed_tokens", "lm_head"] if kind == "tied" else []
     config = LoraConfig(
         r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False, **options
     )
@@ -348,11 +345,8 @@ def test_offloaded_weights_are_read_and_not_merged():
     values = injection.gated_values(BIND, llm)
     expected = llm(IDS, gated_values=values).logits
     cpu_offload(llm.get_base_model(), execution_device=torch.device("cpu"))
-    assert (
-        adapters(llm)["base_model.model.model.layers.0.self_attn.v_proj"]
-        .get_base_layer()
-        .bias.is_meta
-    )
+    value = adapters(llm)["base_model.model.model.layers.0.self_attn.v_proj"]
+    assert value.get_base_layer().bias.is_meta
     assert torch.allclose(injection.gated_values(BIND, llm), values, atol=1e-6)
     with merged(llm):
         assert torch.allclose(llm(IDS, gated_values=values).logits, expected, atol=1e-5)
@@ -362,17 +356,22 @@ def test_offloaded_weights_are_read_and_not_merged():
 def test_threads_do_not_see_each_other():
     llm = enable_injection(make("llama"))
     values = open_injection().gated_values(BIND, llm)
-    expected, results = (
-        [llm(IDS[i : i + 1], gated_values=values[i : i + 1]).logits for i in range(3)],
-        {},
-    )
+    results = {}
+
+    @torch.no_grad()
+    def logits(i):
+        return llm(IDS[i : i + 1], gated_values=values[i : i + 1]).logits
 
     def work(i):
         for _ in range(20):
-            results[i] = torch.no_grad()(llm)(IDS[i : i + 1], gated_values=values[i : i + 1]).logits
+            results[i] = logits(i)
 
+    expected = [logits(i) for i in range(3)]
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    [t.start() for t in threads], [t.join() for t in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert all(torch.equal(results[i], expected[i]) for i in range(3))
 
 
@@ -395,10 +394,8 @@ def test_copies_and_repeated_enabling_are_independent():
     twin.lm_head.weight.zero_()
     assert torch.equal(llm(IDS, gated_values=values).logits, expected)
     assert not twin(IDS, gated_values=values).logits.any()
-    assert twin.generate(IDS, attention_mask=MASK, gated_values=values, max_new_tokens=1).shape == (
-        3,
-        8,
-    )
+    answers = twin.generate(IDS, attention_mask=MASK, gated_values=values, max_new_tokens=1)
+    assert answers.shape == (3, 8)
 
 
 @torch.no_grad()
@@ -407,7 +404,7 @@ def test_bfloat16_model_with_float32_adapter():
     values = injection.gated_values(BIND, llm)
     assert values.dtype == torch.float32
     assert llm(IDS, gated_values=values).logits.dtype == torch.bfloat16
-    exact = injection.gated_values(BIND, make("llama"))
+    exact = injection.gated_values(BIND, enable_injection(make("llama")))
     assert torch.allclose(values, exact, atol=0.05, rtol=0.05)
 
 
@@ -418,10 +415,9 @@ def test_misspelt_arguments_are_still_refused():
 
 @pytest.mark.parametrize("shape", [(1, 3, 6, 4), (3, 3, 5, 4), (3, 3, 6, 8), (3, 6, 4)])
 def test_wrong_shapes_are_refused(shape):
-    with pytest.raises(
-        ValueError, match="^gated_values: got shape .*, wants \\(3, layers, 6, 4\\)$"
-    ):
-        enable_injection(make("llama"))(IDS, gated_values=torch.ones(shape))
+    llm, wanted = enable_injection(make("llama")), r"\(3, layers, 6, 4\)"
+    with pytest.raises(ValueError, match=f"^gated_values: got shape .*, wants {wanted}$"):
+        llm(IDS, gated_values=torch.ones(shape))
 
 
 def test_more_rows_than_layers_are_refused():
@@ -433,3 +429,170 @@ def test_more_rows_than_layers_are_refused():
 def test_wrong_number_of_layers_is_refused(layers):
     with pytest.raises(ValueError, match=f"^layers: got {layers}, wants 1 to 3"):
         GatedInjection(24, 3, 6, layers)
+
+
+# --- whatever would ignore the values ---
+
+
+def not_enabled():
+    return make("llama")
+
+
+def wrapped():
+    return lora(make("qwen2"))
+
+
+def set_back():
+    llm = enable_injection(make("mistral"))
+    llm.set_attn_implementation("sdpa")
+    return llm
+
+
+@pytest.mark.parametrize("build", [not_enabled, wrapped, set_back])
+def test_a_decoder_that_would_ignore_the_values_is_refused(build):
+    llm, injection = build(), open_injection()
+    refusal = "^llm: got .*ForCausalLM without injection, wants one that `enable_injection` has"
+    with pytest.raises(ValueError, match=refusal):
+        injection.gated_values(BIND, llm)
+    values = injection.gated_values(BIND, enable_injection(llm))
+    assert not torch.equal(llm(IDS, gated_values=values).logits, llm(IDS).logits)
+
+
+@pytest.mark.parametrize("other", [torch.nn.Linear(1, 1), LlamaConfig(**SIZES), None])
+def test_what_is_no_decoder_is_refused(other):
+    with pytest.raises(ValueError, match="^llm: got .* without injection"):
+        open_injection().gated_values(BIND, other)
+    with pytest.raises(ValueError, match="^llm: got .*, wants a decoder whose layers have"):
+        enable_injection(other)
+
+
+def test_a_decoder_whose_attention_cannot_be_exchanged_is_refused():
+    sizes = dict(d_model=8, ffn_dim=8, num_layers=1, attention_heads=2, vocab_size=9)
+    llm = XGLMForCausalLM(XGLMConfig(**sizes))
+    with pytest.raises(ValueError, match="^llm: got XGLM.*whose attention function can be exch"):
+        enable_injection(llm)
+    assert type(llm) is XGLMForCausalLM
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_read_is_enabled(name, dtype, tmp_path):
+    llm = make(name).to(dtype)
+    llm.save_pretrained(tmp_path)
+    asked = dict(attention_mask=MASK, max_new_tokens=1)
+    again, values = read_llm(tmp_path, "folder: 'x'", dtype=dtype), torch.ones(3, 3, 6, 1)
+    assert again.dtype == dtype and isinstance(again, type(llm))
+    values = values.expand(-1, -1, -1, again.model.layers[0].self_attn.head_dim)
+    expected = enable_injection(llm)(IDS, gated_values=values).logits
+    logits = again(IDS, gated_values=values).logits
+    assert torch.allclose(logits, expected, atol=0.1 if dtype == torch.bfloat16 else 1e-5)
+    assert again.generate(IDS, gated_values=values, **asked).shape == (3, 8)
+
+
+def test_what_cannot_be_read_is_refused(tmp_path):
+    LlamaConfig(**SIZES | {"num_hidden_layers": 10**6}).save_pretrained(tmp_path / "deep")
+    sizes = dict(n_embd=8, n_layer=1, n_head=2, vocab_size=9)
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "fused")
+    (tmp_path / "empty").mkdir()
+    for folder, reason in {
+        "deep": "num_hidden_layers: got 1000000, wants at most 1000",
+        "fused": "got GPT2LMHeadModel, wants a decoder",
+        "empty": "",
+    }.items():
+        with pytest.raises(ValueError, match="^folder: got 'x', which cannot be loaded") as error:
+            read_llm(tmp_path / folder, "folder: 'x'")
+        assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+# --- LoRA that was merged for good ---
+
+CHANGED = "^llm: got value matrices other than the injection was made for"
+
+
+@pytest.mark.parametrize("wrapped_before", [True, False])
+def test_lora_merged_for_good_is_found(name, wrapped_before):
+    llm = make(name)
+    if wrapped_before:
+        llm = lora(llm)
+        recorded = value_fingerprint(llm)
+    else:
+        recorded = value_fingerprint(llm)
+        llm = lora(llm)
+    assert check_values(llm, recorded)
+    with merged(llm):
+        assert check_values(llm, recorded)
+    llm.merge_adapter()
+    with pytest.raises(ValueError, match="^llm: got LoRA merged into `v_proj`"):
+        check_values(llm, recorded)
+    llm.unmerge_adapter()
+    assert check_values(llm, recorded)
+    base = llm.merge_and_unload()
+    for model in (llm, base, copy.deepcopy(base).bfloat16()):
+        with pytest.raises(ValueError, match=CHANGED):
+            check_values(model, recorded)
+
+
+@pytest.mark.parametrize("size", [1.0, 0.02])
+def test_a_little_lora_is_found_too(size):
+    llm = lora(make("llama"))
+    recorded = value_fingerprint(llm)
+    for layer in adapters(llm).values():
+        layer.lora_B["default"].weight.data *= size
+    llm.merge_and_unload()
+    with pytest.raises(ValueError, match=CHANGED):
+        check_values(llm, recorded)
+
+
+def test_lora_elsewhere_may_be_merged_for_good():
+    llm = make("llama")
+    recorded = value_fingerprint(llm)
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    llm = get_peft_model(llm, config).merge_and_unload()
+    assert check_values(llm, recorded)
+
+
+def test_lora_may_be_taken_off_unmerged():
+    llm = lora(make("llama"))
+    recorded = value_fingerprint(llm)
+    assert check_values(llm.unload(), recorded)
+
+
+@pytest.mark.parametrize("dtypes", [[torch.bfloat16], [torch.float16], [torch.float16] * 2])
+def test_rounding_is_no_change(name, dtypes):
+    llm = make(name)
+    recorded = value_fingerprint(llm)
+    for dtype in (*dtypes, torch.bfloat16, torch.float32):
+        assert check_values(llm.to(dtype), recorded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_unmerging_rounds_off_is_no_change(name, dtype):
+    llm = lora(make(name).to(dtype))
+    recorded = value_fingerprint(llm)
+    for _ in range(3):
+        llm.merge_adapter()
+        llm.unmerge_adapter()
+        assert check_values(llm, recorded)
+
+
+def test_values_that_are_not_in_memory_cannot_be_compared():
+    llm = make("llama")
+    recorded = value_fingerprint(llm)
+    assert value_fingerprint(copy.deepcopy(llm).to("meta")) is None
+    assert not check_values(copy.deepcopy(llm).to("meta"), recorded)
+    assert not check_values(llm, None)
+
+
+@pytest.mark.parametrize("recorded", ["a b", "1 2 x", 5, ["1"]])
+def test_broken_fingerprints_are_refused(recorded):
+    for check in (check_values, check_base):
+        with pytest.raises(ValueError, match="^fingerprint: got .*, wants the text that"):
+            check(make("llama"), recorded)
+
+
+@pytest.mark.parametrize("recorded", ["1", "1 2 3", "nan " * 12])
+def test_fingerprints_of_others_are_refused(recorded):
+    with pytest.raises(ValueError, match=CHANGED):
+        check_values(make("llama"), recorded)
+    with pytest.raises(ValueError, match="^llm: got another language model"):
+        check_base(make("llama"), recorded)

@@ -1,7 +1,10 @@
 "The joined model: mixing and prompts against recorded values, requests, streaming, saving, and every error."
 
+import copy
 import json
 import math
+import pickle
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -20,25 +23,27 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     StoppingCriteria,
+    Trainer,
+    TrainingArguments,
 )
 
 import ibllm
+from ibllm.bind import BindNetwork
 from ibllm.cache import VisualCache, Whitening
 from ibllm.config import (
     AudioConfig,
     BindConfig,
-    CacheConfig,
+    CacheSettings,
     ImageBindConfig,
     IMUConfig,
     InputConfig,
     ModelConfig,
-    PromptTemplate,
     TextConfig,
     VisionConfig,
 )
 from ibllm.encoders import ImageBind, encoder_fingerprint
-from ibllm.llama import base_model
-from ibllm.model import ImageBindLLM, load, mix
+from ibllm.llama import GatedInjection, base_model
+from ibllm.model import ALPACA, ImageBindLLM, load, mix, prompt_ids, prompt_text, read_messages
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -49,9 +54,10 @@ def tokenizer():
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = dict(pad_token="<pad>", bos_token="<s>", unk_token="<unk>", eos_token="</s>")
-    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=TEMPLATE, **special)
 
 
+TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% if message.context %} {{ message.context }}{% endif %}{% endfor %}"
 SIZE = len(tokenizer())
 
 
@@ -79,8 +85,7 @@ def config():
         ImageBindConfig(feature_dim=24, **towers),
         inputs,
         BindConfig(num_blocks=1),
-        template=PromptTemplate("{instruction}", "{instruction} {context}"),
-        cache=CacheConfig(k=5),
+        cache=CacheSettings(k=5),
     )
 
 
@@ -154,7 +159,12 @@ def test_recorded_mixtures(entry):
     "case", json.loads((GOLDEN / "prompts/prompts.json").read_text()), ids=range(3)
 )
 def test_alpaca_prompts(case):
-    assert PromptTemplate()(case["instruction"], case["input"]) == case["prompt"]
+    plain = tokenizer()
+    plain.chat_template = ALPACA
+    text = prompt_text(plain, (case["instruction"], case["input"]))
+    assert text == "<s>" + case["prompt"]
+    plain.bos_token = None
+    assert prompt_text(plain, (case["instruction"], case["input"])) == case["prompt"]
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -163,19 +173,22 @@ def test_alpaca_prompts(case):
 def test_pixels_survive_every_way_in(model):
     one = model.embed({"image": image()})["image"]
     assert one.shape == (1, 24) and torch.allclose(one.norm(dim=1), torch.ones(1))
-    assert torch.allclose(model.prepare({"image": (image(), 3.0)}), one, atol=1e-5)
+    assert torch.allclose(model.prepare({"image": image()}, {"image": 3.0}), one, atol=1e-5)
     assert torch.allclose(model.prepare({"image": [image(1), image()]})[1:], one, atol=1e-5)
 
 
-def test_arrays_with_a_rate_are_no_weighted_pairs(model):
+def test_arrays_come_with_a_rate(model):
     plain = model.prepare({"audio": (sound(), 8000)})
-    assert torch.allclose(model.prepare({"audio": ((sound(), 8000), 0.3)}), plain, atol=1e-5)
+    assert torch.allclose(
+        model.prepare({"audio": (sound(), 8000)}, {"audio": 0.3}), plain, atol=1e-5
+    )
     assert model.prepare({"imu": (np.ones((6, 64), np.float32), 64)}).shape == (1, 24)
 
 
 def test_weights_change_the_mixture_and_zero_leaves_out(model):
     def mixture(a, b):
-        return model.prepare({"image": (image(), a), "audio": ((sound(), 8000), b)})
+        inputs = {"image": image(), "audio": (sound(), 8000)}
+        return model.prepare(inputs, {"image": a, "audio": b})
 
     assert not torch.allclose(mixture(1, 1), mixture(1, 2), atol=1e-3)
     assert torch.allclose(mixture(1, 1), mixture(7, 7), atol=1e-5)
@@ -284,43 +297,27 @@ def test_cache_is_used_unless_switched_off(cached):
         cached.prepare({"image": image()}),
     )
     assert torch.allclose(enhanced, cached.cache.enhance(raw, k=5))
-    assert torch.equal(cached.prepare({"image": image()}, cache=True), enhanced)
-    prototype = cached.prepare({"image": image()}, cache=dict(weight=1.0))
+    prototype = cached.prepare({"image": image()}, cache=CacheSettings(k=5, weight=1.0))
     assert torch.allclose(prototype, cached.cache.enhance(raw, k=5, weight=1.0))
-
-
-def test_settings_for_each_row_of_a_request(cached):
-    pictures, prompts = [image(0), image(1), image(2)], ["what is this ?"] * 3
-    each = dict(k=[1, 3, 30], temperature=[0.0, 20.0, 100.0], weight=[0.0, 0.5, 1.0])
-    together = cached.prepare({"image": pictures}, each)
-    alone = [
-        cached.prepare({"image": p}, {name: each[name][i] for name in each})
-        for i, p in enumerate(pictures)
-    ]
-    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
-    assert cached.generate({"image": pictures}, prompts, cache=each) == [
-        cached.generate({"image": p}, prompts[0], cache={name: each[name][i] for name in each})[0]
-        for i, p in enumerate(pictures)
-    ]
 
 
 def test_settings_for_each_modality(cached):
     one, two = {"image": image()}, {"image": image(), "audio": (sound(), 8000)}
-    settings = dict(k=3, temperature=5.0, weight=0.9)
+    settings = CacheSettings(k=3, temperature=5.0, weight=0.9)
     assert torch.allclose(
-        cached.prepare(one, {"image": settings}), cached.prepare(one, settings), atol=1e-5
+        cached.prepare(one, cache={"image": settings}),
+        cached.prepare(one, cache=settings),
+        atol=1e-5,
     )
     raw = cached.embed(two)
     wanted = mix([cached.enhance(raw["image"], settings), cached.enhance(raw["audio"])], [1, 1])
-    assert torch.allclose(cached.prepare(two, {"image": settings}), wanted, atol=1e-5)
+    assert torch.allclose(cached.prepare(two, cache={"image": settings}), wanted, atol=1e-5)
     wanted = mix([raw["image"], cached.enhance(raw["audio"], settings)], [1, 3])
-    weighted = {"image": (image(), 1), "audio": ((sound(), 8000), 3)}
-    found = cached.prepare(weighted, {"image": False, "audio": settings})
+    said = {"weights": {"audio": 3}, "cache": {"image": False, "audio": settings}}
+    found = cached.prepare(two, **said)
     assert torch.allclose(found, wanted, atol=1e-5)
-    assert cached.generate(
-        weighted, "what is this ?", cache={"image": False, "audio": settings}
-    ) == cached.answer(found, "what is this ?")
-    pieces = cached.stream(weighted, "what is this ?", cache={"image": False, "audio": settings})
+    assert cached.generate(two, "what is this ?", **said) == cached.answer(found, "what is this ?")
+    pieces = cached.stream(two, "what is this ?", **said)
     assert "".join(pieces).strip() == cached.answer(found, "what is this ?")[0]
 
 
@@ -342,19 +339,22 @@ def test_whitening_comes_before_mixture_and_cache(whitened):
     for cache, wanted in (
         (None, whitened.enhance(mixed)),
         (False, plain),
-        (dict(weight=0), F.normalize(mixed, dim=1)),
-        (dict(whiten=False), whitened.enhance(plain)),
-        (dict(whiten=False, k=2), whitened.enhance(plain, dict(k=2))),
+        (CacheSettings(weight=0), F.normalize(mixed, dim=1)),
+        (CacheSettings(whiten=False), whitened.enhance(plain, CacheSettings())),
+        (CacheSettings(k=2, whiten=False), whitened.enhance(plain, CacheSettings(k=2))),
         (
-            {"audio": dict(whiten=False), "image": False},
-            mix([raw["image"], whitened.enhance(raw["audio"])], [1, 1]),
+            {"audio": CacheSettings(whiten=False), "image": False},
+            mix([raw["image"], whitened.enhance(raw["audio"], CacheSettings())], [1, 1]),
         ),
         (
-            {"audio": dict(k=2)},
-            mix([whitened.enhance(raw["image"]), whitened.enhance(moved, dict(k=2))], [1, 1]),
+            {"audio": CacheSettings(k=2)},
+            mix(
+                [whitened.enhance(raw["image"]), whitened.enhance(moved, CacheSettings(k=2))],
+                [1, 1],
+            ),
         ),
     ):
-        assert torch.allclose(whitened.prepare(two, cache), wanted, atol=1e-5), cache
+        assert torch.allclose(whitened.prepare(two, cache=cache), wanted, atol=1e-5), cache
 
 
 def test_whitening_is_off_by_default_and_saved_if_given(whitened, tmp_path):
@@ -386,7 +386,7 @@ def test_broken_whitenings_are_refused(content, whitened, tmp_path):
     else:
         save_file(content, path)
     with pytest.raises(
-        ValueError, match="whitenings.safetensors' cannot be loaded as whitenings of width 24"
+        ValueError, match="whitenings.safetensors', which cannot be loaded .*, wants whitenings of width 24"
     ) as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
@@ -398,7 +398,7 @@ def test_broken_whitenings_are_refused(content, whitened, tmp_path):
 def test_a_memory_of_another_image_tower_is_refused(tmp_path):
     model, message = (
         make_model(),
-        "^fingerprint: got that of another encoder than the one that made this memory$",
+        "^fingerprint: got that of another encoder than the one that made this memory",
     )
     known = VisualCache.build(
         features(9), fingerprint=encoder_fingerprint(model.encoder.tower("image"))
@@ -462,10 +462,10 @@ def test_a_tokenizer_without_padding_gets_one():
 
 def test_stream_equals_generate(cached):
     for source in ({}, {"image": image()}, {"audio": (sound(), 8000), "text": "a red ball"}):
-        pieces = list(cached.stream(source, "what is this ?", cache=dict(weight=0.2)))
+        pieces = list(cached.stream(source, "what is this ?", cache=CacheSettings(weight=0.2)))
         assert (
             "".join(pieces).strip()
-            == cached.generate(source, "what is this ?", cache=dict(weight=0.2))[0]
+            == cached.generate(source, "what is this ?", cache=CacheSettings(weight=0.2))[0]
         )
         assert all(pieces)
 
@@ -502,7 +502,7 @@ def test_errors_reach_the_reader(model):
 
 def test_streams_run_side_by_side(model):
     expected = [model.answer(features(3)[i : i + 1], "what is this ?")[0] for i in range(3)]
-    requests = [model._request(features(3)[i : i + 1], "what is this ?", {}) for i in range(3)]
+    requests = [model.request(features(3)[i : i + 1], "what is this ?") for i in range(3)]
     results = {}
 
     def work(i):
@@ -586,6 +586,7 @@ def test_saving_again_replaces_the_parts_and_nothing_else(tmp_path, cached):
     make_model().save_pretrained(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     names = {"config.json", "llm", "model.safetensors", "notes.txt", "text_tokenizer", "tokenizer"}
+    names.add("processor_config.json")
     assert {p.name for p in tmp_path.iterdir()} == names
 
 
@@ -613,7 +614,7 @@ def test_language_model_options_pass_through(tmp_path):
 
 def test_config_defaults_are_the_published_system():
     default = ModelConfig()
-    assert default.cache == CacheConfig(10, 20.0, 0.5) and default.bind == BindConfig(3, 4, "rms")
+    assert default.cache == CacheSettings(10, 20.0, 0.5) and default.bind == BindConfig(3, 4, "rms")
     assert default.layers is None and default.encoder == ImageBindConfig()
     assert ModelConfig.from_dict({}) == default
 
@@ -642,7 +643,11 @@ BAD = {
         "^inputs: got str, wants a dict",
     ),
     "empty list of sources": (lambda m: m.generate({"image": []}, "hi"), ValueError, "empty"),
-    "empty tuple": (lambda m: m.generate({"audio": ()}, "hi"), ValueError, "^audio: got a tuple"),
+    "empty tuple": (
+        lambda m: m.generate({"audio": ()}, "hi"),
+        ValueError,
+        ": got a tuple of 0, wants",
+    ),
     "missing file": (
         lambda m: m.generate({"image": "absent.png"}, "hi"),
         FileNotFoundError,
@@ -664,24 +669,39 @@ BAD = {
         "(?i)nan",
     ),
     "negative weight": (
-        lambda m: m.generate({"image": (image(), -1)}, "hi"),
+        lambda m: m.generate({"image": image()}, "hi", {"image": -1}),
         ValueError,
         "^weights: got",
     ),
     "NaN weight": (
-        lambda m: m.generate({"image": (image(), math.nan)}, "hi"),
+        lambda m: m.generate({"image": image()}, "hi", {"image": math.nan}),
         ValueError,
         "^weights: got",
     ),
     "all weights zero": (
-        lambda m: m.generate({"image": (image(), 0)}, "hi"),
+        lambda m: m.generate({"image": image()}, "hi", {"image": 0}),
         ValueError,
         "not all of them 0",
     ),
     "weight no number": (
-        lambda m: m.generate({"image": (image(), "1")}, "hi"),
+        lambda m: m.generate({"image": image()}, "hi", {"image": "1"}),
         ValueError,
-        "^image: got a tuple",
+        "^weights: got",
+    ),
+    "weight of an absent modality": (
+        lambda m: m.generate({"image": image()}, "hi", {"audio": 1}),
+        ValueError,
+        r"^weights: got entries for \['audio'\], wants some of \['image'\]",
+    ),
+    "weight in a pair": (
+        lambda m: m.generate({"image": (image(), 0.5)}, "hi"),
+        (ValueError, TypeError),
+        ": got tuple, wants a picture",
+    ),
+    "weights no dict": (
+        lambda m: m.generate({"image": image()}, "hi", 0.5),
+        TypeError,
+        "^weights: got float, wants a dict",
     ),
     "unequal lists": (
         lambda m: m.generate({"image": [image()] * 2, "audio": (sound(), 8000)}, "hi"),
@@ -719,44 +739,54 @@ BAD = {
     ),
     "features no tensor": (lambda m: m.answer([[1.0]], "hi"), ValueError, "^features: got list"),
     "k above the memory": (
-        lambda m: m.generate({"image": image()}, "hi", cache=dict(k=31)),
+        lambda m: m.generate({"image": image()}, "hi", cache=CacheSettings(k=31)),
         ValueError,
         "^k: got 31",
-    ),
-    "unknown cache setting": (
-        lambda m: m.generate({"image": image()}, "hi", cache=dict(size=3)),
-        ValueError,
-        r"^cache: got unknown keys \['size'\]",
     ),
     "settings of an absent modality": (
         lambda m: m.generate({"image": image()}, "hi", cache={"audio": False}),
         ValueError,
-        r"^cache: got settings for \['audio'\], wants some of \['image'\]",
+        r"^cache: got entries for \['audio'\], wants some of \['image'\]",
     ),
     "settings and modalities": (
         lambda m: m.generate({"image": image()}, "hi", cache={"image": False, "k": 3}),
         ValueError,
-        r"^cache: got \['image', 'k'\], wants either modalities or settings",
+        r"^cache: got entries for \['k'\], wants some of \['image'\]",
     ),
     "settings of a modality": (
         lambda m: m.generate({"image": image()}, "hi", cache={"image": 3}),
         TypeError,
-        "^cache: got int, wants a dict or a bool",
+        "^cache: got 3, wants a CacheSettings, False",
     ),
-    "whiten": (
-        lambda m: m.generate({"image": image()}, "hi", cache=dict(whiten=3)),
-        ValueError,
-        "^whiten: got 3, wants True or False",
-    ),
-    "weight in words": (
-        lambda m: m.generate({"image": image()}, "hi", cache=dict(weight="half")),
-        ValueError,
-        "^weight: got half, wants a number from 0 to 1",
+    "cache switched on": (
+        lambda m: m.generate({"image": image()}, "hi", cache=True),
+        TypeError,
+        "^cache: got True, wants a CacheSettings, False",
     ),
     "cache of another type": (
         lambda m: m.generate({"image": image()}, "hi", cache=10),
         TypeError,
-        "^cache: got int",
+        "^cache: got 10, wants a CacheSettings, False",
+    ),
+    "weight of the cache": (
+        lambda m: m.generate({"image": image()}, "hi", cache=CacheSettings(weight=1.5)),
+        ValueError,
+        "^weight: got 1.5, wants a number from 0 to 1",
+    ),
+    "a message without content": (
+        lambda m: m.chat([{"role": "user"}]),
+        ValueError,
+        "^messages: got .*, wants a list of dicts",
+    ),
+    "a message that says nothing": (
+        lambda m: m.chat([{"role": "user", "content": [{"type": "image", "url": image()}]}]),
+        ValueError,
+        "^messages: got .*, wants text in every message",
+    ),
+    "two pictures in a conversation": (
+        lambda m: m.chat([{"role": "user", "content": [{"type": "image", "url": image()}] * 2}]),
+        ValueError,
+        "^messages: got two recordings of the modality image",
     ),
     "misspelt option": (
         lambda m: m.generate({}, "hi", max_new_token=3),
@@ -788,9 +818,8 @@ def test_mix_refuses(arguments, message):
 
 
 def test_cache_wanted_but_absent(model):
-    for cache in (True, dict(k=1)):
-        with pytest.raises(ValueError, match="^cache: this model has no memory"):
-            model.prepare({"image": image()}, cache)
+    with pytest.raises(ValueError, match="^cache: got settings for a model without memory"):
+        model.prepare({"image": image()}, cache=CacheSettings(k=1))
 
 
 def test_parts_that_do_not_fit(model):
@@ -808,8 +837,23 @@ def test_parts_that_do_not_fit(model):
             imu=IMUConfig(width=16, blocks=1, heads=2),
         )
     )
-    with pytest.raises(ValueError, match="^encoder: got one whose config is not"):
+    with pytest.raises(
+        ValueError, match="^encoder: got one with another config, wants one made from"
+    ):
         ImageBindLLM(config(), model.llm, tokenizer(), encoder=other)
+    with pytest.raises(
+        ValueError, match="^bind: got one from 8 to 32 numbers, wants from 24 to 32"
+    ):
+        ImageBindLLM(config(), model.llm, tokenizer(), bind=BindNetwork(8, 32))
+    with pytest.raises(ValueError, match="^injection: got queries and gates of shapes"):
+        injection = GatedInjection(32, 2, 4, layers=1)
+        ImageBindLLM(config(), model.llm, tokenizer(), injection=injection)
+
+
+def test_parts_that_exist_are_taken(model):
+    parts = {"encoder": model.encoder, "bind": model.bind, "injection": model.injection}
+    again = ImageBindLLM(config(), model.llm, tokenizer(), **parts)
+    assert all(getattr(again, name) is part for name, part in parts.items())
 
 
 def test_merged_lora_is_not_saved(tmp_path):
@@ -833,7 +877,7 @@ def test_folders_that_hold_no_model(content, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(
-        ValueError, match="holds no model, wants a folder written by `save_pretrained`$"
+        ValueError, match="which holds no model, wants one written by `save_pretrained`$"
     ):
         load(tmp_path)
 
@@ -855,6 +899,138 @@ def test_weights_that_do_not_fit(tmp_path):
     ):
         save_file(wrong, path)
         with pytest.raises(
-            ValueError, match="^folder: 1 weights of model.safetensors do not fit its config.json"
+            ValueError,
+            match="^folder: got 1 weights in model.safetensors .* that do not fit, wants",
         ):
             load(tmp_path)
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_is_a_request(cached):
+    question = [{"type": "image", "url": image()}, {"type": "text", "text": "what is this ?"}]
+    first = cached.chat([{"role": "user", "content": question}])
+    assert first == cached.generate({"image": image()}, "what is this ?")[0]
+    assert (
+        cached.chat([{"role": "user", "content": "describe it"}], cache=False)
+        == (cached.generate({}, "describe it")[0])
+    )
+
+
+def test_turns_of_a_conversation_are_all_read(cached):
+    said = [{"role": "user", "content": "a ball"}, {"role": "assistant", "content": "a bell"}]
+    last = {
+        "role": "user",
+        "content": [{"type": "text", "text": "describe"}, {"type": "text", "text": "it"}],
+    }
+    inputs, plain = read_messages([*said, last])
+    assert inputs == {} and plain[-1]["content"] == "describe it"
+    plainly = {
+        "chat_template": "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    }
+    words = tokenizer()
+    words.chat_template = plainly["chat_template"]
+    assert prompt_text(words, plain) == "[user] a ball [assistant] a bell [user] describe it "
+
+
+def test_a_start_token_stands_once_and_only_where_the_template_writes_it():
+    words = tokenizer()
+    [row] = prompt_ids(words, ["a ball"])
+    assert row[0] == words.bos_token_id and row.count(words.bos_token_id) == 1
+    words.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    assert prompt_ids(words, ["a ball"]) == [row[1:]]
+
+
+# --- the Hub, and the tools of Hugging Face ---------------------------------------------------------------------------
+
+
+class Hub:
+    "Stands in for the Hub's API: remembers what it was asked, and keeps what was uploaded."
+
+    def __init__(self, folder):
+        self.folder, self.asked = folder, []
+
+    def __call__(self, token=None):
+        self.asked.append(("token", token))
+        return self
+
+    def create_repo(self, name, private=None, exist_ok=False):
+        self.asked.append(("create", name, private, exist_ok))
+
+    def upload_folder(self, repo_id, folder_path, **options):
+        self.asked.append(("upload", repo_id, options))
+        shutil.copytree(folder_path, self.folder)
+        return f"https://hub/{repo_id}/commit"
+
+    def download(self, name, **options):
+        self.asked.append(("download", name, options))
+        return str(self.folder)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    found = Hub(tmp_path / "hub")
+    monkeypatch.setattr("ibllm.model.HfApi", found)
+    monkeypatch.setattr("ibllm.saving.snapshot_download", found.download)
+    return found
+
+
+def test_a_model_goes_to_the_hub_and_comes_back(hub, cached):
+    results = {"kind of sounds": 0.99}
+    address = cached.push_to_hub("me/bells", results, private=True, token="t", commit_message="new")
+    assert address == "https://hub/me/bells/commit"
+    assert hub.asked == [
+        ("token", "t"),
+        ("create", "me/bells", True, True),
+        ("upload", "me/bells", {"commit_message": "new"}),
+    ]
+    card = (hub.folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: ibllm\n") and "| kind of sounds | 0.99 |" in card
+    assert "image, video, text, audio, imu" in card and "| visual cache | 30 features |" in card
+    where = {"revision": "v1", "token": "t", "cache_dir": "c", "local_files_only": True}
+    again = ibllm.load("me/bells", **where)
+    assert hub.asked[-1] == ("download", "me/bells", where)
+    same(cached, again)
+    same(cached, ImageBindLLM.from_pretrained("me/bells"))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line():
+    with pytest.raises(ValueError, match="^name: got 'me/none', no folder here, which cannot be loaded") as error:
+        load("me/none", local_files_only=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_can_be_pickled_copied_and_kept(cached, tmp_path):
+    same(cached, pickle.loads(pickle.dumps(cached)))
+    same(cached, copy.deepcopy(cached))
+    torch.save(cached, tmp_path / "model.pt")
+    same(cached, torch.load(tmp_path / "model.pt", weights_only=False))
+
+
+def test_transformers_trainer_trains_it(tmp_path):
+    model = make_model()
+    model.llm.requires_grad_(False)
+    rows = model.tokenize(["a red ball", "a blue bell", "a green plane"] * 4)["input_ids"]
+    data = [
+        {"input_ids": row, "labels": row, "features": feature}
+        for row, feature in zip(rows, features(12))
+    ]
+    before = model.bind.project.weight.detach().clone()
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        learning_rate=1e-2,
+        logging_steps=1,
+    )
+    trainer = Trainer(model, arguments, train_dataset=data)
+    assert trainer.train().global_step == 3
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert not torch.equal(model.bind.project.weight, before)
+    assert all(p.grad is None for p in model.llm.parameters())

@@ -1,7 +1,8 @@
-"A model answers the same whoever else asks, whatever went wrong before, and however often it was asked."
+"A model answers the same whoever else asks, whatever went wrong before, and however often."
 
 import gc
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from limits import LINUX, resident
 
 import ibllm
+from ibllm.config import CacheSettings
 from ibllm.toyland.sensors import AUDIO_RATE, record
 from ibllm.toyland.world import draw_things
 
@@ -25,20 +27,22 @@ def requests():
     "Requests of many modalities, mixtures and settings: (inputs, prompt, options)."
     things = draw_things(6, seed=5)
     seen = record(things, 5)
-    bell = lambda i: (seen["audio"][i].numpy(), AUDIO_RATE)
+
+    def bell(i):
+        return seen["audio"][i].numpy(), AUDIO_RATE
+
+    settings = CacheSettings(k=5, weight=0.9)
+    both = {"depth": seen["depth"][3].numpy(), "audio": bell(3)}
+    weights = {"depth": 0.3, "audio": 0.7}
     return [
         ({"image": seen["image"][0].numpy()}, QUESTION, {}),
-        ({"image": seen["image"][1].numpy()}, "what is it ?", dict(cache=False)),
-        ({"audio": bell(2)}, QUESTION, dict(cache=dict(k=5, weight=0.9))),
-        (
-            {"depth": (seen["depth"][3].numpy(), 0.3), "audio": (bell(3), 0.7)},
-            QUESTION,
-            dict(scale=0.8),
-        ),
+        ({"image": seen["image"][1].numpy()}, "what is it ?", {"cache": False}),
+        ({"audio": bell(2)}, QUESTION, {"cache": settings}),
+        (both, QUESTION, {"scale": 0.8, "weights": weights}),
         ({"point": seen["point"][4].numpy()}, "which colour has it ?", {}),
         ({}, "what is it ?", {}),
         (None, "what is it ?", {}),
-        ({"thermal": seen["thermal"][5].numpy()}, QUESTION, dict(num_beams=2)),
+        ({"thermal": seen["thermal"][5].numpy()}, QUESTION, {"num_beams": 2}),
     ]
 
 
@@ -81,33 +85,31 @@ def test_requests_differ(alone):
 @pytest.mark.parametrize("first", range(8))
 def test_two_threads_get_the_answers_they_get_alone(first, model, requests, alone):
     second = (first + 3) % len(requests)
-    several = lambda i: lambda: [ask(model, requests[i]) for _ in range(4)]
-    assert side_by_side(several(first), several(second)) == [
-        [alone[first]] * 4,
-        [alone[second]] * 4,
-    ]
+
+    def several(i):
+        return [ask(model, requests[i]) for _ in range(4)]
+
+    answers = side_by_side(partial(several, first), partial(several, second))
+    assert answers == [[alone[first]] * 4, [alone[second]] * 4]
 
 
 def test_a_stream_beside_a_request(model, requests, alone):
-    stream = lambda: "".join(
-        model.stream(*requests[0][:2], max_new_tokens=12, do_sample=False)
-    ).strip()
+    def stream():
+        pieces = model.stream(*requests[0][:2], max_new_tokens=12, do_sample=False)
+        return "".join(pieces).strip()
+
     assert side_by_side(stream, lambda: ask(model, requests[2])) == [alone[0][0], alone[2]]
 
 
+MAP = {"depth": np.ones((32, 32))}
 BROKEN = {
     "missing file": lambda m: m.generate({"image": "nothing.png"}, QUESTION),
     "wrong shape": lambda m: m.generate({"image": np.zeros(5, np.uint8)}, QUESTION),
-    "half a mixture": lambda m: m.generate(
-        {"depth": np.ones((32, 32)), "audio": "nothing.wav"}, QUESTION
-    ),
+    "half a mixture": lambda m: m.generate({**MAP, "audio": "nothing.wav"}, QUESTION),
     "empty prompt": lambda m: m.generate({}, " "),
-    "no such cache setting": lambda m: m.generate(
-        {"depth": np.ones((32, 32))}, QUESTION, cache=dict(j=1)
-    ),
-    "too many neighbours": lambda m: m.generate(
-        {"depth": np.ones((32, 32))}, QUESTION, cache=dict(k=10**9)
-    ),
+    "no such cache setting": lambda m: m.generate(MAP, QUESTION, cache={"j": 1}),
+    "too many neighbours": lambda m: m.generate(MAP, QUESTION, cache=CacheSettings(k=10**6)),
+    "no such weight": lambda m: m.generate(MAP, QUESTION, weights={"audio": 1.0}),
     "unknown option": lambda m: m.generate({}, QUESTION, flavour="sweet"),
     "out of the middle": lambda m: m.generate({}, QUESTION, stopping_criteria=[stop]),
     "stream": lambda m: [*m.stream({}, QUESTION, stopping_criteria=[stop])],
@@ -128,19 +130,14 @@ def test_after_an_error_the_model_answers_as_before(broken, model, requests, alo
 
 
 def state(model):
-    "All that could remember a request: hooks, buffers, plain attributes of all parts, the generation settings."
-    hooks = sum(
-        len(value)
-        for part in model.modules()
-        for name, value in vars(part).items()
-        if name.endswith("_hooks")
-    )
-    plain = {
-        f"{name}.{key}": repr(value)
-        for name, part in model.named_modules()
-        for key, value in vars(part).items()
-        if isinstance(value, (bool, int, float, str, tuple, list, type(None)))
-    }
+    "All that could remember a request: hooks, plain attributes of all parts, settings, weights."
+    hooks, plain = 0, {}
+    for name, part in model.named_modules():
+        for key, value in vars(part).items():
+            if key.endswith("_hooks"):
+                hooks += len(value)
+            if isinstance(value, (bool, int, float, str, tuple, list, type(None))):
+                plain[f"{name}.{key}"] = repr(value)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     return hooks, plain, model.llm.generation_config.to_dict(), weights
 
@@ -152,10 +149,8 @@ def test_a_request_leaves_nothing_behind(model, requests):
         ask(model, request)
     [*model.stream({}, QUESTION, max_new_tokens=3)]
     after = state(model)
-    assert (
-        after[:3] == (hooks, plain, settings)
-        and [name for name, _ in model.named_modules()] == modules
-    )
+    assert after[:3] == (hooks, plain, settings)
+    assert [name for name, _ in model.named_modules()] == modules
     assert all(torch.equal(value, weights[name]) for name, value in after[3].items())
     assert threading.active_count() == threads and torch.is_grad_enabled()
 
@@ -190,11 +185,10 @@ def test_random_generators_move_only_when_sampling(model, requests):
 
 
 def test_sampling_is_repeatable_from_a_seed(model, requests):
+    options = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 8}
+
     def sample():
         torch.manual_seed(7)
-        return [
-            model.generate(*request[:2], do_sample=True, temperature=2.0, max_new_tokens=8)
-            for request in requests
-        ]
+        return [model.generate(*request[:2], **options) for request in requests]
 
     assert sample() == sample()

@@ -1,4 +1,4 @@
-"The paper's figures: redrawn from their results file they are the committed ones; what is quoted adds up."
+"The paper's figures: redrawn they are the committed ones; what is quoted adds up."
 
 import json
 
@@ -107,12 +107,11 @@ def test_quoted_tables_are_drawn_from_their_file(tables, tmp_path):
 
 def test_the_shipped_model_still_says_what_the_first_figure_shows(results, cast):
     model, systems = ibllm.load("toyland"), results["systems"]
-    said = {}
+    thing, said = systems["thing"], {}
     for modality, recording in cast[1].items():
-        feature = extract_features(
-            model.encoder, modality, read_recording(model.processor, modality, recording)
-        )
-        feature = model.enhance(feature[systems["thing"] : systems["thing"] + 1])
+        prepared = read_recording(model.processor, modality, recording)
+        feature = extract_features(model.encoder, modality, prepared)[thing : thing + 1]  # [1, D]
+        feature = model.enhance(feature)
         [said[modality]] = model.answer(feature, systems["question"], do_sample=False)
     assert said == systems["answers"]
 
@@ -125,7 +124,7 @@ def test_shares_are_shares(results):
     assert sum(results["cache"]["weights"]) == pytest.approx(1, abs=0.01)
 
 
-def test_colours_that_a_sense_cannot_see_stand_beside_both_levels_of_luck(results, cast):
+def test_colours_that_a_modality_cannot_see_stand_beside_both_levels_of_luck(results, cast):
     luck = {"1 of 8: luck": 1 / 8, "1 of 6: kind known": 1 / 6}
     [axes] = draw_failures(dict(results["failures"], luck=luck), *cast).axes
     [inset] = [inset for inset in axes.child_axes if inset.get_ylabel() == "answers"]
@@ -155,7 +154,7 @@ STAR = dict(kind="star", colour="blue", size="big", motion="sliding")
         ("ringing", [], "wrong"),
     ],
 )
-def test_words_are_marked_by_what_the_senses_carry(word, sources, wanted):
+def test_words_are_marked_by_what_the_modalities_carry(word, sources, wanted):
     assert verdict(word, sources) == wanted
 
 
@@ -179,53 +178,59 @@ def test_answers_are_marked_word_by_word_or_as_a_whole(answer, wanted):
 def test_mme_tasks_add_up_to_the_totals_that_the_paper_prints(tables):
     mme = tables["mme"]
     for part, tasks in (("Perception", mme["perception"]), ("Cognition", mme["cognition"])):
-        sums = [sum(mme["scores"][task][i] for task in tasks) for i in range(len(mme["systems"]))]
+        scores = [mme["scores"][task] for task in tasks]
+        sums = [sum(column) for column in zip(*scores, strict=True)]
         assert sums == pytest.approx(mme["totals"][part], abs=0.011)
-    assert (
-        sorted(mme["scores"]) == sorted(mme["perception"] + mme["cognition"])
-        and len(mme["scores"]) == 14
-    )
+    assert sorted(mme["scores"]) == sorted(mme["perception"] + mme["cognition"])
+    assert len(mme["scores"]) == 14
 
 
 def test_every_quoted_row_has_a_number_per_system_and_every_data_set_one_group(tables):
     for table in (tables["mme"], tables["traditional"]):
-        assert {len(row) for row in table["scores"].values()} == {
-            len(table["systems"]),
-            len(table["visual_tokens"]),
-        }
+        sizes = {len(row) for row in table["scores"].values()}
+        assert sizes == {len(table["systems"]), len(table["visual_tokens"])}
         assert set(table["systems"]) <= set(SYSTEM_LOOKS)
     grouped = sum(tables["traditional"]["groups"].values(), [])
     assert sorted(grouped) == sorted(tables["traditional"]["scores"]) and len(grouped) == 27
 
 
+def marks_of(axes):
+    "Where the marks of a panel stand, as pairs of score and height."
+    marks = []
+    for line in axes.lines:
+        if len(line.get_xdata()) == 1:
+            marks.append((float(line.get_xdata()[0]), float(line.get_ydata()[0])))
+    return marks
+
+
+def quoted_figures(tables):
+    "Both figures of quoted numbers, each with its table."
+    yield draw_mme(tables["mme"]), tables["mme"]
+    yield draw_traditional(tables["traditional"]), tables["traditional"]
+
+
 def test_quoted_figures_say_so_and_draw_every_number(tables):
-    for figure, table in (
-        (draw_mme(tables["mme"]), tables["mme"]),
-        (draw_traditional(tables["traditional"]), tables["traditional"]),
-    ):
+    for figure, table in quoted_figures(tables):
         [legend] = figure.legends
         assert "quoted" in legend.get_title().get_text()
-        marks = [line for axes in figure.axes for line in axes.lines if len(line.get_xdata()) == 1]
-        drawn = sorted(float(line.get_xdata()[0]) for line in marks)
-        assert drawn == sorted(score for row in table["scores"].values() for score in row)
+        drawn = []
+        for axes in figure.axes:
+            drawn += [score for score, _ in marks_of(axes)]
+        assert sorted(drawn) == sorted(sum(table["scores"].values(), []))
 
 
 def test_equal_scores_of_a_row_lie_apart(tables):
-    for figure in (draw_mme(tables["mme"]), draw_traditional(tables["traditional"])):
+    for figure, _ in quoted_figures(tables):
         for axes in figure.axes:
-            marks = [
-                (line.get_xdata()[0], line.get_ydata()[0])
-                for line in axes.lines
-                if len(line.get_xdata()) == 1
-            ]
-            assert len(set(marks)) == len(marks) and all(abs(y - round(y)) < 0.5 for _, y in marks)
+            marks = marks_of(axes)
+            assert len(set(marks)) == len(marks)
+            assert all(abs(height - round(height)) < 0.5 for _, height in marks)
 
 
 def test_chance_levels_of_mme_are_drawn(tables):
     for axes in draw_mme(tables["mme"]).axes:
-        assert [line.get_xdata()[0] for line in axes.lines if list(line.get_ydata()) == [0, 1]][
-            -2:
-        ] == [50, 75]
+        lines = [line for line in axes.lines if list(line.get_ydata()) == [0, 1]]
+        assert [line.get_xdata()[0] for line in lines[-2:]] == [50, 75]
 
 
 # The list
@@ -234,5 +239,5 @@ def test_chance_levels_of_mme_are_drawn(tables):
 def test_every_figure_is_listed_and_everything_listed_exists():
     lines = (ROOT / "figures/README.md").read_text().splitlines()
     listed = {line.split("`")[1] for line in lines if line.startswith("| `")}
-    assert listed == {path.stem for path in (ROOT / "figures").glob("*.png")}
-    assert listed == {path.stem for path in (ROOT / "figures").glob("*.pdf")}
+    for kind in ("png", "pdf"):
+        assert listed == {path.stem for path in (ROOT / "figures").glob(f"*.{kind}")}

@@ -1,7 +1,8 @@
 """Whatever is trained can be killed at any moment and goes on as if nothing had happened.
 
-Each kind of training runs in processes forked from one clean server. One of them is left alone; the others are killed
-(SIGKILL: nothing is caught or tidied up) after random times and started again. All must end with the same bits.
+Each kind of training runs in processes forked from one clean server. One of them is left alone; the
+others are killed (SIGKILL: nothing is caught or tidied up) after random times and started again.
+All must end with the same bits.
 """
 
 import json
@@ -12,6 +13,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -71,23 +73,18 @@ def tiny_llm(tokenizer):
 
 def binding(folder):
     set_seed(0)
-    towers, things = ImageBind(toyland_imagebind(300)).towers, torch.Generator().manual_seed(1)
+    towers = ImageBind(toyland_imagebind(300)).towers
+    things = torch.Generator().manual_seed(1)
     pictures = torch.randn(48, 3, 32, 32, generator=things)
     anchors = unit(torch.randn(48, 128, generator=things), dim=1)
     recipe = Recipe(14, 8, lr=1e-3, muon_lr=5e-3, **TINY)
-    history = fit(
-        Binding(towers["vision"], jitter=Jitter()),
-        Columns(x=pictures, anchor=anchors),
-        recipe,
-        "images",
-        folder / "vision.pt",
-    )
-    clouds = Columns(
-        x=torch.randn(48, 64, 3, generator=things), anchor=anchors
-    )  # batch norms: buffers that learn
-    history += fit(
-        Binding(towers["point"]), clouds, replace(recipe, steps=8), "clouds", folder / "point.pt"
-    )
+    jittered = Binding(towers["vision"], jitter=Jitter())
+    pairs = Columns(x=pictures, anchor=anchors)
+    history = fit(jittered, pairs, recipe, "images", folder / "vision.pt")
+    # Batch norms: buffers that learn
+    clouds = Columns(x=torch.randn(48, 64, 3, generator=things), anchor=anchors)
+    shorter = replace(recipe, steps=8)
+    history += fit(Binding(towers["point"]), clouds, shorter, "clouds", folder / "point.pt")
     return {**towers["vision"].state_dict(), **towers["point"].state_dict()}, history, []
 
 
@@ -95,34 +92,26 @@ def language_model(folder):
     tokenizer = words()
     llm = tiny_llm(tokenizer)
     pairs = Columns(**tokenize_pairs(tokenizer, *toyland_text(64, seed=1), learn_prompt=True))
-    history = fit(
-        NextTokenLoss(llm),
-        pairs,
-        Recipe(40, 8, lr=3e-3, muon_lr=1e-2, **TINY),
-        "words",
-        folder / "llm.pt",
-    )
+    recipe = Recipe(40, 8, lr=3e-3, muon_lr=1e-2, **TINY)
+    history = fit(NextTokenLoss(llm), pairs, recipe, "words", folder / "llm.pt")
     return llm.state_dict(), history, []
 
 
 def stages(folder, one, two):
     "Both stages, of as many steps; what is measured counts as well."
-    RECIPES.update(
-        stage_one=Recipe(one, 8, lr=5e-3, **TINY), stage_two=Recipe(two, 8, lr=2e-3, **TINY)
-    )
+    RECIPES["stage_one"] = Recipe(one, 8, lr=5e-3, **TINY)
+    RECIPES["stage_two"] = Recipe(two, 8, lr=2e-3, **TINY)
     tokenizer, things = words(), draw_things(40, seed=3)
     features = unit(torch.randn(40, 128, generator=torch.Generator().manual_seed(2)), dim=1)
     set_seed(0)
     encoder = ImageBind(toyland_imagebind(len(tokenizer)))
     model = train_stages(encoder, tiny_llm(tokenizer), tokenizer, things, features, 0, folder)
-    history = [
-        loss for path in sorted(folder.glob("*.pt")) for loss in newest_checkpoint(path)["history"]
-    ]
+    history = []
+    for path in sorted(folder.glob("*.pt")):
+        history += newest_checkpoint(path)["history"]
     assert len(history) == one + two
-    scores = {
-        name: hits.tolist()
-        for name, hits in caption_accuracy(model, features[:8], things[:8]).items()
-    }
+    found = caption_accuracy(model, features[:8], things[:8])
+    scores = {name: hits.tolist() for name, hits in found.items()}
     save_results("tiny", scores, 0, toyland_settings(), folder)
     results = load_results("tiny", folder) | dict(peak_mb=0)
     return model.state_dict(), history, [model.answer(features[:4], "describe it ."), results]
@@ -145,21 +134,16 @@ def features(folder):
 def cache(folder):
     "Pictures become shards, and these a memory."
     ibllm.shards.CHUNK, model = 64, load("toyland")
+
+    def embed(some):
+        return model.embed({"image": some})["image"]
+
     pictures = list(record(draw_things(600, seed=4), 4, ("image",))["image"].numpy())
-    embed_images(
-        pictures,
-        lambda some: model.embed({"image": some})["image"],
-        folder / "shards",
-        size=32,
-        batch=32,
-    )
+    embed_images(pictures, embed, folder / "shards", size=32, batch=32)
     memory = VisualCache.build(folder / "shards", "hnsw", path=folder / "memory.index")
     stored = torch.frombuffer(bytearray((folder / "memory.index").read_bytes()), dtype=torch.uint8)
-    assert sorted(file.name for file in folder.iterdir()) == [
-        "memory.index",
-        "memory.index.json",
-        "shards",
-    ]
+    kept = sorted(file.name for file in folder.iterdir())
+    assert kept == ["memory.index", "memory.index.json", "shards"]
     return dict(index=stored), [], memory.enhance(torch.eye(128)).tolist()
 
 
@@ -209,9 +193,8 @@ def test_killed_at_any_moment_it_ends_the_same(kind, server, tmp_path):
     assert train(server, kind, tmp_path / "whole", whole) == 0
     seconds, moments = time.monotonic() - start, random.Random(kind)
     expected = torch.load(whole, weights_only=True)
-    assert len(expected["tensors"]) and not any(
-        t.isnan().any() for t in expected["tensors"].values()
-    )
+    assert len(expected["tensors"])
+    assert not any(t.isnan().any() for t in expected["tensors"].values())
     checkpoints = 0
     for number in range(KILLS):
         folder, result = tmp_path / str(number), tmp_path / f"{number}.result"
@@ -223,9 +206,8 @@ def test_killed_at_any_moment_it_ends_the_same(kind, server, tmp_path):
         again = torch.load(result, weights_only=True)
         assert again["history"] == expected["history"] and again["answers"] == expected["answers"]
         assert again["tensors"].keys() == expected["tensors"].keys()
-        assert all(
-            torch.equal(t, expected["tensors"][name]) for name, t in again["tensors"].items()
-        )
+        for name, t in again["tensors"].items():
+            assert torch.equal(t, expected["tensors"][name])
     assert checkpoints or kind in ("features", "cache")
 
 
@@ -233,7 +215,7 @@ def test_killed_at_any_moment_it_ends_the_same(kind, server, tmp_path):
 
 
 class Curve(nn.Module):
-    "A network with everything that could remember half a step: batch norm, dropout, two optimisers."
+    "With everything that could remember half a step: batch norm, dropout, two optimisers."
 
     def __init__(self):
         super().__init__()
@@ -277,20 +259,24 @@ def continued(path, unbroken):
 
 
 def test_the_checkpoint_before_is_kept(path):
-    assert [
-        len(read_checkpoint(file)["history"]) for file in (path, previous_checkpoint(path))
-    ] == [12, 9]
+    files = path, previous_checkpoint(path)
+    assert [len(read_checkpoint(file)["history"]) for file in files] == [12, 9]
+
+
+def cut(place, data):
+    return data[: int(place * len(data))]
+
+
+def zeros(place, data):
+    return cut(place, data).ljust(len(data), bytes(1))
 
 
 def damages():
     "Ways to damage a file: cut off anywhere, zeros at the end or a changed byte anywhere."
     places = [random.Random(0).uniform(0, 1) for _ in range(12)]
     for place in places:
-        yield f"cut_{place:.2f}", lambda data, place=place: data[: int(place * len(data))]
-        yield (
-            f"zeros_{place:.2f}",
-            lambda data, p=place: data[: (n := int(p * len(data)))] + bytes(len(data) - n),
-        )
+        yield f"cut_{place:.2f}", partial(cut, place)
+        yield f"zeros_{place:.2f}", partial(zeros, place)
     yield "cut_one", lambda data: data[:-1]
     yield "emptied", lambda data: b""
 
@@ -305,10 +291,8 @@ def test_half_a_checkpoint_is_recognised_and_the_one_before_it_used(damage, path
 
 
 def test_a_changed_byte_is_recognised_anywhere_in_the_weights(path):
-    data, place = (
-        path.read_bytes(),
-        read_checkpoint(path)["weights"]["norm.running_mean"].numpy().tobytes(),
-    )
+    data = path.read_bytes()
+    place = read_checkpoint(path)["weights"]["norm.running_mean"].numpy().tobytes()
     spot = data.index(place)
     for i in range(len(place)):
         path.write_bytes(data[: spot + i] + bytes([data[spot + i] ^ 1]) + data[spot + i + 1 :])
@@ -323,14 +307,11 @@ def test_killed_between_moving_the_old_and_writing_the_new(path, unbroken):
 def test_damage_that_cannot_be_helped_is_said_and_nothing_is_deleted(path):
     for file in (path, previous_checkpoint(path)):
         file.write_bytes(b"half")
-    with pytest.raises(
-        ValueError, match="^checkpoint run.pt: got no whole checkpoint, wants one that"
-    ) as e:
+    said = "^checkpoint run.pt: got no whole checkpoint, wants one that"
+    with pytest.raises(ValueError, match=said) as error:
         fit(Curve(), DATA, RECIPE, "again", path)
-    assert (
-        "\n" not in str(e.value)
-        and path.read_bytes() == previous_checkpoint(path).read_bytes() == b"half"
-    )
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == previous_checkpoint(path).read_bytes() == b"half"
 
 
 def test_what_killed_writers_left_is_tidied_up(path):
@@ -342,9 +323,8 @@ def test_what_killed_writers_left_is_tidied_up(path):
 def test_a_save_that_fails_leaves_the_one_before(path, unbroken):
     with pytest.raises(AttributeError):
         save_checkpoint(path, dict(history=lambda: None))  # cannot be pickled
-    assert sorted(path.parent.iterdir()) == [previous_checkpoint(path)] and continued(
-        path, unbroken
-    )
+    assert sorted(path.parent.iterdir()) == [previous_checkpoint(path)]
+    assert continued(path, unbroken)
 
 
 # Ctrl-C
@@ -374,12 +354,9 @@ def test_ctrl_c_waits_for_the_step_and_the_cell_can_be_run_again(at, tmp_path, u
     state = newest_checkpoint(tmp_path / "run.pt")
     assert len(state["history"]) == at
     assert all(torch.equal(t, curve.state_dict()[name]) for name, t in state["weights"].items())
-    assert fit(curve, DATA, RECIPE, "the cell again", tmp_path / "run.pt") == unbroken[1] and same(
-        curve, unbroken[0]
-    )
-    assert fit(curve, DATA, RECIPE, "and again", tmp_path / "run.pt") == unbroken[1] and same(
-        curve, unbroken[0]
-    )
+    for title in ("the cell again", "and again"):
+        assert fit(curve, DATA, RECIPE, title, tmp_path / "run.pt") == unbroken[1]
+        assert same(curve, unbroken[0])
 
 
 def test_a_step_outside_the_main_thread(unbroken):

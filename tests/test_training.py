@@ -40,9 +40,8 @@ def tokenizer():
 @pytest.mark.parametrize("case", GOLDEN["lr_schedule"], ids=lambda case: case["name"])
 def test_learning_rate_equals_the_released_schedule(case):
     for epoch, lr, _ in case["fractional_epoch__lr__lr_of_a_group_with_lr_scale_0.1"]:
-        assert learning_rate(
-            epoch, case["epochs"], case["warmup_epochs"], case["peak_lr"]
-        ) == pytest.approx(lr, abs=1e-18, rel=1e-9)
+        ours = learning_rate(epoch, case["epochs"], case["warmup_epochs"], case["peak_lr"])
+        assert ours == pytest.approx(lr, abs=1e-18, rel=1e-9)
 
 
 def test_every_epoch_holds_every_example_once():
@@ -72,11 +71,9 @@ class Curve(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.blocks = nn.ModuleList([nn.Linear(4, 4)])
-        self.out, self.dropout, self.gates = (
-            nn.Linear(4, 1),
-            nn.Dropout(0.2),
-            nn.Parameter(torch.zeros(1)),
-        )
+        self.out = nn.Linear(4, 1)
+        self.dropout = nn.Dropout(0.2)
+        self.gates = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, y):
         return (self.out(self.dropout(self.body(x))) + self.gates - y).square().mean()
@@ -132,24 +129,21 @@ def test_resumed_run_is_bit_equal_to_an_unbroken_one(tmp_path, stop):
 def test_a_changed_recipe_does_not_continue_an_old_run(tmp_path):
     fit(Wrapped(), curve_data(), RECIPE, "first", tmp_path / "run.pt")
     changed = Recipe(**{**RECIPE.__dict__, "lr": 0.02})
-    with pytest.raises(ValueError, match="run.pt: was made with other settings"):
+    with pytest.raises(
+        ValueError, match="run.pt: got one made with other settings or data .another recipe., wants"
+    ):
         fit(Wrapped(), curve_data(), changed, "second", tmp_path / "run.pt")
 
 
 def test_other_data_or_another_start_does_not_continue_an_old_run(tmp_path):
     fit(Wrapped(), curve_data(), RECIPE, "first", tmp_path / "run.pt")
     data = curve_data()
-    with pytest.raises(ValueError, match="other settings or data"):
-        fit(
-            Wrapped(),
-            Columns(x=data.columns["x"], y=-data.columns["y"]),
-            RECIPE,
-            "other data",
-            tmp_path / "run.pt",
-        )
+    turned = Columns(x=data.columns["x"], y=-data.columns["y"])
+    with pytest.raises(ValueError, match="another data"):
+        fit(Wrapped(), turned, RECIPE, "other data", tmp_path / "run.pt")
     other = Wrapped()
     nn.init.zeros_(other.net.out.weight)
-    with pytest.raises(ValueError, match="other settings or data"):
+    with pytest.raises(ValueError, match="another start"):
         fit(other, data, RECIPE, "other start", tmp_path / "run.pt")
 
 
@@ -158,10 +152,8 @@ def test_nothing_is_unpickled_from_a_checkpoint(tmp_path):
         def __reduce__(self):
             return open, (str(tmp_path / "unpickled"), "w")
 
-    torch.save(
-        dict(origin={}, weights=Touch(), optimizers=[], history=[], seconds=0.0),
-        tmp_path / "run.pt",
-    )
+    state = dict(provenance={}, weights=Touch(), optimizers=[], history=[], seconds=0.0)
+    torch.save(state, tmp_path / "run.pt")
     with pytest.raises(ValueError, match="run.pt: got no whole checkpoint"):
         fit(Wrapped(), curve_data(), RECIPE, "hostile", tmp_path / "run.pt")
     assert not (tmp_path / "unpickled").exists()
@@ -195,10 +187,9 @@ def test_info_nce_against_a_loop():
 
 
 def test_labels_mask_the_prompt_and_the_padding(tokenizer):
-    pairs = tokenize_pairs(
-        tokenizer, ["Q: what is it ?\nA:", "Q: a\nA:"], ["a ball", "a very red bell"]
-    )
-    for ids, labels, answer in zip(pairs["ids"], pairs["labels"], [" a ball", " a very red bell"]):
+    answers = ["a ball", "a very red bell"]
+    pairs = tokenize_pairs(tokenizer, ["Q: what is it ?\nA:", "Q: a\nA:"], answers)
+    for ids, labels, answer in zip(pairs["ids"], pairs["labels"], [f" {a}" for a in answers]):
         assert tokenizer.decode(labels[labels != IGNORE]) == answer + "</s>"
         assert (ids[labels != IGNORE] == labels[labels != IGNORE]).all()
     with pytest.raises(ValueError, match="answers: got 1, wants as many as prompts, 2"):
@@ -213,9 +204,8 @@ def test_the_end_token_has_the_largest_id_and_padding_is_zero(tokenizer):
 
 @pytest.fixture
 def model(tokenizer):
-    return toyland_model(
-        ImageBind(toyland_imagebind(len(tokenizer))), toyland_llm(tokenizer), tokenizer
-    )
+    encoder = ImageBind(toyland_imagebind(len(tokenizer)))
+    return toyland_model(encoder, toyland_llm(tokenizer), tokenizer)
 
 
 def learning(objective):
@@ -233,19 +223,13 @@ def test_stage_two_moves_lora_biases_and_norms_only(model, tokenizer):
     names = learning(objective)
     assert all("lora_" in n or "norm" in n or n.endswith("bias") for n in names)
     assert not any(n.endswith(("k_proj.base_layer.bias", "v_proj.base_layer.bias")) for n in names)
-    assert (
-        sum("lora_A" in n for n in names) == 7 * 4 and sum("norm" in n for n in names) == 2 * 4 + 1
-    )
+    assert sum("lora_A" in n for n in names) == 7 * 4
+    assert sum("norm" in n for n in names) == 2 * 4 + 1
     frozen = {n: p.clone() for n, p in objective.named_parameters() if not p.requires_grad}
-    pairs = tokenize_pairs(
-        tokenizer, [TOYLAND_PROMPT.format(instruction="what is it ?")] * 8, ["a ball"] * 8
-    )
-    fit(
-        objective,
-        Columns(**pairs, feature=torch.randn(8, 128)),
-        Recipe(steps=2, batch_size=4, warmup=1),
-        "two steps",
-    )
+    prompt = TOYLAND_PROMPT.format(instruction="what is it ?")
+    pairs = tokenize_pairs(tokenizer, [prompt] * 8, ["a ball"] * 8)
+    data = Columns(**pairs, feature=torch.randn(8, 128))
+    fit(objective, data, Recipe(steps=2, batch_size=4, warmup=1), "two steps")
     assert all(torch.equal(p, frozen[n]) for n, p in objective.named_parameters() if n in frozen)
 
 
@@ -268,9 +252,8 @@ def test_what_stage_two_learned_survives_saving(model, tokenizer, tmp_path):
 def test_a_zero_gate_keeps_the_language_model_bit_for_bit(model):
     ids = model.tokenize(["what is it ?"])["input_ids"]
     with torch.no_grad():
-        assert torch.equal(
-            model(ids, features=torch.randn(1, 128)).logits, model.llm(input_ids=ids).logits
-        )
+        ours = model(ids, features=torch.randn(1, 128)).logits
+        assert torch.equal(ours, model.llm(input_ids=ids).logits)
 
 
 def test_a_tower_can_start_like_another(tokenizer):
@@ -278,24 +261,18 @@ def test_a_tower_can_start_like_another(tokenizer):
     depth, vision = encoder.towers["depth"], encoder.towers["vision"]
     stem = depth.stem.weight.clone()
     start_like(depth, vision)
-    assert torch.equal(
-        depth.transformer.blocks[0].expand.weight, vision.transformer.blocks[0].expand.weight
-    )
+    ours, theirs = (tower.transformer.blocks[0].expand.weight for tower in (depth, vision))
+    assert torch.equal(ours, theirs)
     assert torch.equal(depth.stem.weight, stem)
 
 
 def test_binding_learns_on_a_handful_of_pairs(tokenizer):
     torch.manual_seed(0)
-    tower, anchor = (
-        ImageBind(toyland_imagebind(len(tokenizer))).towers["imu"],
-        nn.functional.normalize(torch.randn(32, 128), dim=1),
-    )
-    losses = fit(
-        Binding(tower),
-        Columns(x=torch.randn(32, 6, 64), anchor=anchor),
-        Recipe(steps=25, batch_size=32, lr=2e-3, warmup=3),
-        "a handful",
-    )
+    tower = ImageBind(toyland_imagebind(len(tokenizer))).towers["imu"]
+    anchor = nn.functional.normalize(torch.randn(32, 128), dim=1)
+    data = Columns(x=torch.randn(32, 6, 64), anchor=anchor)
+    recipe = Recipe(steps=25, batch_size=32, lr=2e-3, warmup=3)
+    losses = fit(Binding(tower), data, recipe, "a handful")
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -305,12 +282,8 @@ def test_counting_what_learns(model):
 
 def test_a_run_saves_only_what_learns(model, tmp_path):
     objective = prepare_stage_one(model.llm, model.bind, model.injection)
-    run = Run(
-        objective,
-        Columns(ids=torch.zeros(4, 3)),
-        Recipe(steps=1, batch_size=2),
-        tmp_path / "run.pt",
-    )
+    data = Columns(ids=torch.zeros(4, 3))
+    run = Run(objective, data, Recipe(steps=1, batch_size=2), tmp_path / "run.pt")
     run.save()
     weights = torch.load(tmp_path / "run.pt", weights_only=True)["weights"]
     assert not any(name.startswith("llm.") and name.endswith("weight") for name in weights)

@@ -1,5 +1,6 @@
-"Toyland: the same in every process, only what a sensor carries in its recordings, files that read back as recorded."
+"Toyland: alike in every process, recordings of only what a sensor carries, files that read back."
 
+import itertools
 import subprocess
 import sys
 from itertools import pairwise
@@ -57,10 +58,8 @@ def recording(things):
 
 @pytest.fixture(scope="module")
 def every_thing():
-    grid = torch.meshgrid(
-        *(torch.arange(len(words)) for words in ATTRIBUTES.values()), indexing="ij"
-    )
-    return Things(*(g.reshape(-1) for g in grid))
+    sizes = [range(len(words)) for words in ATTRIBUTES.values()]
+    return Things(*torch.tensor(list(itertools.product(*sizes))).T)
 
 
 def equal(a, b):
@@ -119,21 +118,13 @@ def test_a_quarter_of_the_combinations_is_never_pictured():
 
 
 def test_streams_depend_on_seed_and_name_only():
-    draw = lambda *names: uniform(0, 1, 8, generator(*names))
-    assert (
-        torch.equal(draw(0, "a"), draw(0, "a"))
-        and 0 <= draw(0, "a").min()
-        and draw(0, "a").max() < 1
-    )
-    different = [
-        draw(0, "a"),
-        draw(1, "a"),
-        draw(0, "b"),
-        draw(0, "a", "b"),
-        draw(10, "a"),
-        draw(1, "0a"),
-    ]
-    assert len({tuple(d.tolist()) for d in different}) == len(different)
+    def draw(*names):
+        return uniform(0, 1, 8, generator(*names))
+
+    first = draw(0, "a")
+    assert torch.equal(first, draw(0, "a")) and 0 <= first.min() and first.max() < 1
+    names = [(0, "a"), (1, "a"), (0, "b"), (0, "a", "b"), (10, "a"), (1, "0a")]
+    assert len({tuple(draw(*one).tolist()) for one in names}) == len(names)
 
 
 def test_recordings_do_not_depend_on_what_else_was_drawn(things, recording):
@@ -163,13 +154,14 @@ def test_every_chunk_has_its_own_scene():
 
 
 def test_no_two_recordings_of_any_split_share_their_seed():
-    keys = {
-        (seed, name): split_things(name, seed, size=1)[1] for seed in range(20) for name in SPLITS
-    }
-    ranges = sorted(
-        (key * 100_003, key * 100_003 + SPLITS[name].size) for (_, name), key in keys.items()
+    ranges = []
+    for seed, name in itertools.product(range(20), SPLITS):
+        start = split_things(name, seed, size=1)[1] * 100_003
+        ranges.append((start, start + SPLITS[name].size))
+    ranges.sort()
+    assert len(ranges) == 20 * len(SPLITS) and all(
+        end <= start for (_, end), (start, _) in pairwise(ranges)
     )
-    assert all(end <= start for (_, end), (start, _) in pairwise(ranges))
 
 
 def test_splits_hold_different_things_and_unpictured_ones_only_where_they_should():
@@ -328,7 +320,7 @@ def test_samples_show_this_world(name, words):
         stored = torch.tensor(np.array(file)).long()
     recorded = record(one_thing(name, *words), seed=11, modalities=("image",))["image"][0].long()
     assert ((stored - recorded).abs() > 1).float().mean() < 0.05, (
-        "run nbs/00_world.ipynb, which writes data/samples"
+        "run nbs/toyland/01_sensors.ipynb, which writes data/samples"
     )
 
 

@@ -1,7 +1,9 @@
-"Published checkpoints to ours, and back: a room for each kind of file, and one for the whole system."
+"Published checkpoints to ours, and back: a room for each kind of file, one for the system."
+
 from .adapter import adapter_weights, load_adapter, load_llama, load_tokenizer
 from .imagebind import imagebind_weights, load_imagebind
 from .official import download_official, export_official, load_official
+from .weights import read_weights, write_weights
 
 __all__ = [
     "adapter_weights",
@@ -13,4 +15,6 @@ __all__ = [
     "load_llama",
     "load_official",
     "load_tokenizer",
+    "read_weights",
+    "write_weights",
 ]

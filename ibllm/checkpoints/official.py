@@ -8,13 +8,12 @@ __all__ = ['PUBLISHED', 'LLAMA_NEEDED', 'load_official', 'export_official', 'Pub
 # %% ../../nbs/checkpoints/03_official.ipynb #20f3a038
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..bind import BindNetwork
@@ -24,62 +23,70 @@ from .imagebind import imagebind_weights, load_imagebind
 from .weights import write_weights
 from ..config import BindConfig, ImageBindConfig, ModelConfig
 from ..encoders import ImageBind
-from ..files import make_folder
+from ..files import make_folder, refuse, shown
 from ..llama import base_fingerprint, base_model
 from ..model import ImageBindLLM
 
 # %% ../../nbs/checkpoints/03_official.ipynb #0028dade
 def load_official(
-    imagebind: str | Path | dict,
-    adapter: str | Path | dict,
+    imagebind: str | Path | dict[str, Tensor],
+    adapter: str | Path | dict[str, Tensor],
     llama: str | Path | nn.Module,
     knn: str | Path | VisualCache | None = None,
-    tokenizer=None,
-    text_tokenizer=None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    text_tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | None = None,
     config: ImageBindConfig | None = None,
 ) -> ImageBindLLM:
-    """The `ImageBindLLM` in released files, in evaluation mode; arguments as in `load_imagebind` and `load_adapter`.
+    """The `ImageBindLLM` in released files, in evaluation mode.
 
-    `knn` is the cache's index, for `VisualCache.load`, or loaded. `tokenizer` is LLaMA's, found in its folder if None;
-    `text_tokenizer` is CLIP's, without which text is no input modality: loaded, a folder or a Hub id. ValueError if parts
-    disagree."""
-    if tokenizer is None and isinstance(llama, nn.Module):
-        raise ValueError("tokenizer: got none, wants LLaMA's")
-    words = _tokenizer(llama if tokenizer is None else tokenizer)
+    Arguments are as in `load_imagebind` and `load_adapter`. `knn` is the cache's index, for
+    `VisualCache.load`, or loaded. `tokenizer` is LLaMA's, found in its folder if None;
+    `text_tokenizer` is CLIP's, without which text is no input modality: each loaded, a folder or a
+    Hub id. ValueError if parts disagree."""
+    if tokenizer is None:
+        if isinstance(llama, nn.Module):
+            refuse("tokenizer", "none", "LLaMA's, which is not part of a loaded `llama`")
+        tokenizer = llama
+    words = _loaded(tokenizer)
     encoder, adapted = load_imagebind(imagebind, config), load_adapter(adapter, llama, dtype)
     _check_parts(encoder, adapted, words)
     sizes = ModelConfig(
         encoder=encoder.config, bind=_bind_config(adapted.bind), layers=len(adapted.injection.gates)
     )
-    cache = VisualCache.load(knn) if isinstance(knn, (str, Path)) else knn
-    with init_empty_weights():
-        model = ImageBindLLM(sizes, adapted.llm, words, _tokenizer(text_tokenizer), encoder, cache)
-    model.bind, model.injection = adapted.bind, adapted.injection
-    base_model(adapted.llm).generation_config = _generation_config(model.tokenizer)
+    model = ImageBindLLM(
+        sizes,
+        adapted.llm,
+        words,
+        text_tokenizer=None if text_tokenizer is None else _loaded(text_tokenizer),
+        encoder=encoder,
+        cache=VisualCache.load(knn) if isinstance(knn, (str, Path)) else knn,
+        bind=adapted.bind,
+        injection=adapted.injection,
+    )
+    base_model(model.llm).generation_config = _generation_config(model.tokenizer)
     return model.eval()
 
 # %% ../../nbs/checkpoints/03_official.ipynb #2e2cc479
-def _tokenizer(source) -> PreTrainedTokenizerBase | None:
-    "`source` itself, or the tokenizer in that folder or Hub repository."
-    return load_tokenizer(source) if isinstance(source, (str, Path)) else source
+def _loaded(tokenizer: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    "`tokenizer` itself, or the one in that folder or Hub repository."
+    return load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
 
 
 def _bind_config(bind: BindNetwork) -> BindConfig:
     "The configuration that makes such a bind network."
-    gate, norm = (
-        bind.blocks[0].gate,
-        "rms" if isinstance(bind.blocks[0].norm, nn.RMSNorm) else "layer",
-    )
-    return BindConfig(len(bind.blocks), gate.out_features // gate.in_features, norm)
+    block: Any = bind.blocks[0]
+    norm = "rms" if isinstance(block.norm, nn.RMSNorm) else "layer"
+    return BindConfig(len(bind.blocks), block.gate.out_features // block.gate.in_features, norm)
 
 
 def _generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    "How the released code samples."
+    "How the released code samples, from all tokens; transformers alone would keep 50 of them."
     return GenerationConfig(
         do_sample=True,
         temperature=0.1,
         top_p=0.75,
+        top_k=0,  # None would mean transformers' own default
         max_new_tokens=256,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -87,34 +94,34 @@ def _generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     )
 
 # %% ../../nbs/checkpoints/03_official.ipynb #73b28965
-def _check_parts(encoder: ImageBind, adapted: Adapted, tokenizer: PreTrainedTokenizerBase):
+def _check_parts(encoder: ImageBind, adapted: Adapted, tokenizer: PreTrainedTokenizerBase) -> None:
     "One line of ValueError if encoder, adapter or tokenizer were made for other partners."
     width, wanted = encoder.config.feature_dim, adapted.bind.project.in_features
     if width != wanted:
-        raise ValueError(f"imagebind: got features of width {width}, wants {wanted}, the adapter's")
-    vocabulary = adapted.llm.config.vocab_size
+        refuse("imagebind", f"features of width {width}", f"{wanted}, the adapter's")
+    vocabulary = base_model(adapted.llm).config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
-        raise ValueError(
-            f"tokenizer: got {len(tokenizer)} tokens, wants LLaMA's; its vocabulary has {vocabulary}"
-        )
+        got = f"{len(tokenizer)} tokens"
+        refuse("tokenizer", got, f"LLaMA's; its vocabulary has {vocabulary}")
 
 # %% ../../nbs/checkpoints/03_official.ipynb #cbc134a7
 def export_official(
     model: ImageBindLLM, folder: str | Path, suffix: str = ".pth"
 ) -> dict[str, Path]:
-    """Write the encoder and the adapter of `model` as released files in `folder`: their paths, by argument of
-    `load_official`. `suffix` is `.pth` or `.safetensors`.
+    """Write the encoder and the adapter of `model` as released files in `folder`.
 
+    Returns their paths, by argument of `load_official`. `suffix` is `.pth` or `.safetensors`.
     Raises ValueError for a model that the released layout cannot hold."""
     if suffix not in (".pth", ".safetensors"):
-        raise ValueError(f"suffix: got {suffix!r:.60}, wants '.pth' or '.safetensors'")
+        refuse("suffix", shown(suffix), "'.pth' or '.safetensors'")
     folder = make_folder(folder)
     name = "imagebind_w3D" if "point" in model.encoder.towers else "imagebind_huge"
     paths = {"imagebind": folder / f"{name}{suffix}", "adapter": folder / f"adapter{suffix}"}
     adapter = adapter_weights(model.llm, model.bind, model.injection)
-    mark = base_fingerprint(model.llm)
+    fingerprint = base_fingerprint(model.llm)
+    recorded = {"fingerprint": fingerprint} if fingerprint else {}
     write_weights(imagebind_weights(model.encoder), paths["imagebind"])
-    write_weights(adapter, paths["adapter"], **({"fingerprint": mark} if mark else {}))
+    write_weights(adapter, paths["adapter"], **recorded)
     return paths
 
 # %% ../../nbs/checkpoints/03_official.ipynb #8193f5e9
@@ -123,7 +130,7 @@ class Published(NamedTuple):
 
     repository: str
     file: str
-    gigabytes: float
+    gigabytes: float  # of 10**9 bytes
     licence: str
     revision: str | None = None  # commit, 40 hexadecimal digits
 
@@ -148,60 +155,64 @@ PUBLISHED = {
 
 
 LLAMA_NEEDED = (
-    "llama: 13.5 GB, not downloaded. Ask Meta for LLaMA-1 7B under its licence, and give load_official "
-    "its folder (consolidated.00.pth, params.json, tokenizer.model), or one in Hugging Face's layout."
+    "llama: 13.5 GB, not downloaded. Ask Meta for LLaMA-1 7B under its licence, and give "
+    "load_official its folder (consolidated.00.pth, params.json, tokenizer.model), or one in "
+    "Hugging Face's layout."
 )
 
 # %% ../../nbs/checkpoints/03_official.ipynb #a6f8bf53
 def _plan(files: dict[str, Published]) -> str:
     "What will be downloaded, in lines a person reads first."
-    lines = [
-        f"{part}: {f.gigabytes:.2f} GB, {f.repository}/{f.file} at {(f.revision or 'no commit')[:9]} ({f.licence})"
-        for part, f in files.items()
-    ]
-    home, total = str(Path.home()), sum(f.gigabytes for f in files.values())
-    return "\n".join(
-        [*lines, LLAMA_NEEDED, f"{total:.1f} GB go to {constants.HF_HUB_CACHE.replace(home, '~')}"]
-    )
+    lines = []
+    for part, file in files.items():
+        commit = (file.revision or "no commit")[:9]
+        place = f"{file.repository}/{file.file} at {commit}"
+        lines.append(f"{part}: {file.gigabytes:.2f} GB, {place} ({file.licence})")
+    total = sum(file.gigabytes for file in files.values())
+    target = constants.HF_HUB_CACHE.replace(str(Path.home()), "~")
+    return "\n".join([*lines, LLAMA_NEEDED, f"{total:.1f} GB go to {target}"])
 
 
 def _fetch(part: str, file: Published) -> Path:
-    "Path of `file` on this machine, downloaded if need be. One line of error for no network or another size."
+    """Path of `file` on this machine, downloaded if need be.
+
+    Raises ConnectionError for no network, ValueError for a file of another size."""
     try:
         path = Path(hf_hub_download(file.repository, file.file, revision=file.revision))
-    except LocalEntryNotFoundError as error:
-        raise ConnectionError(
-            f"{part}: no copy here and no way to the Hub; where there is one, run `hf download {file.repository} "
-            f"{file.file} --revision {file.revision} --local-dir .`, and give load_official the file's path"
-        ) from error
-    if abs(path.stat().st_size / 1e9 / file.gigabytes - 1) > 0.02:
-        raise ValueError(
-            f"{part}: {file.file} has {path.stat().st_size / 1e9:.2f} GB, wants {file.gigabytes:.2f}"
-        )
+    except LocalEntryNotFoundError:
+        place = f"{file.repository} {file.file} --revision {file.revision} --local-dir ."
+        wants = f"the path, for load_official, of what `hf download {place}` fetched elsewhere"
+        refuse(part, "no copy here and no way to the Hub", wants, ConnectionError)
+    gigabytes = path.stat().st_size / 1e9
+    if abs(gigabytes / file.gigabytes - 1) > 0.02:
+        refuse(part, f"{file.file} of {gigabytes:.2f} GB", f"{file.gigabytes:.2f} GB")
     return path
+
+
+def _check_commit(part: str, file: Published) -> None:
+    "Raise ValueError unless the revision of `file` is a commit, which nobody can move."
+    if not re.fullmatch("[0-9a-f]{40}", file.revision or ""):
+        got = f"{shown(file.revision)} for {part!r}"
+        page = f"the page of {file.repository}"
+        refuse("revisions", got, f"the commit (40 hexadecimal digits) that {page} shows")
 
 # %% ../../nbs/checkpoints/03_official.ipynb #d326f66d
 def download_official(
     parts: tuple[str, ...] = ("imagebind", "adapter"), revisions: dict[str, str] | None = None
 ) -> dict[str, Path]:
-    """Fetch the published files of `parts` (of `PUBLISHED`) into Hugging Face's cache: their paths, as `load_official`
-    takes them. Prints first what, how large, under which licence, and where to.
+    """Fetch the published files of `parts` (of `PUBLISHED`) into Hugging Face's cache.
 
-    `revisions` names commits, where none is recorded or another is wanted. ValueError for an unknown part, no commit or
-    a file of another size; ConnectionError, with what to do, for a file that is not here when there is no network."""
+    Returns their paths, as `load_official` takes them. Prints first what, how large, under which
+    licence, and where to. `revisions` names commits, where none is recorded or another is wanted.
+    ValueError for an unknown part, no commit or a file of another size; ConnectionError, with what
+    to do, for a file that is not here when there is no network."""
     if unknown := [part for part in parts if part not in PUBLISHED]:
-        raise ValueError(f"parts: got {unknown}, wants some of {list(PUBLISHED)}")
-    files = {
-        part: PUBLISHED[part]._replace(
-            revision=(revisions or {}).get(part, PUBLISHED[part].revision)
-        )
-        for part in parts
-    }
+        refuse("parts", shown(unknown), f"some of {list(PUBLISHED)}")
+    files = {part: PUBLISHED[part] for part in parts}
+    for part, revision in (revisions or {}).items():
+        if part in files:
+            files[part] = files[part]._replace(revision=revision)
     print(_plan(files))
     for part, file in files.items():
-        if not re.fullmatch("[0-9a-f]{40}", file.revision or ""):
-            raise ValueError(
-                f"revisions: got {file.revision!r} for {part!r}, wants the commit (40 hexadecimal digits) "
-                f"that the page of {file.repository} shows"
-            )
+        _check_commit(part, file)
     return {part: _fetch(part, file) for part, file in files.items()}

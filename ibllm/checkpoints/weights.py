@@ -7,132 +7,157 @@ __all__ = ['read_weights', 'write_weights', 'translate']
 
 # %% ../../nbs/checkpoints/00_weights.ipynb #e576edcc
 import argparse
-import os
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..files import make_folder
+from ..files import make_folder, refuse, write_atomically
 
 # %% ../../nbs/checkpoints/00_weights.ipynb #5df78cab
-def _open_weights(path: Path) -> tuple[dict, dict]:
-    "What a weights file holds by name, and what is recorded beside it."
+def _open_weights(path: Path) -> tuple[Any, dict[str, Any]]:
+    "What a weights file holds, tensors by name if all is well, and what is recorded beside it."
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             recorded = file.metadata() or {}
         return load_file(path), recorded
+    mapped = zipfile.is_zipfile(path)  # what older versions of torch wrote cannot be mapped
     with torch.serialization.safe_globals([argparse.Namespace]):
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    inside = isinstance(content, dict) and "model" in content
-    return (content["model"], content) if inside else (content, {})
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    if isinstance(content, dict) and "model" in content:
+        return content["model"], content
+    return content, {}
 
 
-def read_recorded(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+def _holds_tensors(weights: Any) -> bool:
+    "Whether `weights` is a dict of tensors by name."
+    return isinstance(weights, dict) and all(torch.is_tensor(w) for w in weights.values())
+
+
+def read_recorded(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     "As `read_weights`; and what is recorded beside the tensors."
+    wanted = "a file of weights"
     if not isinstance(path, (str, Path)):
-        raise TypeError(f"path: got {type(path).__name__}, wants the path of a file")
-    path = Path(path)
+        refuse("path", type(path).__name__, "the path of a file", TypeError)
+    path, got = Path(path), f"{str(path)!r:.300}"
     if not path.is_file():
-        raise FileNotFoundError(f"path: no file {str(path)!r}")
+        refuse("path", f"{got}, which is no file", wanted, FileNotFoundError)
     try:
         weights, recorded = _open_weights(path)
-    except Exception as error:  # a damaged file can make a reader fail in any way
-        raise ValueError(
-            f"path: {str(path)!r} is no weights file, or needs unsafe unpickling"
-        ) from error
-    if not isinstance(weights, dict) or not all(torch.is_tensor(w) for w in weights.values()):
-        raise ValueError(f"path: {str(path)!r} holds no tensors by name, wants a file of weights")
+    except Exception:  # a damaged file can make a reader fail in any way
+        refuse("path", f"{got}, which is damaged or needs unsafe unpickling", wanted)
+    if not _holds_tensors(weights):
+        refuse("path", f"{got}, which holds no tensors by name", wanted)
     return weights, recorded
 
 # %% ../../nbs/checkpoints/00_weights.ipynb #1e43a50c
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors` or `.pth` file by name, mapped into memory; of a training file, those in `"model"`.
+    """Tensors of a `.safetensors` or `.pth` file by name, mapped into memory, in the file's dtypes.
 
-    Raises FileNotFoundError, or ValueError for a file without tensors or one that needs unrestricted unpickling."""
+    Of a training file, those in `"model"`. Raises FileNotFoundError, or ValueError for a file
+    without tensors or one that needs unrestricted unpickling."""
     return read_recorded(path)[0]
 
 
-def write_weights(weights: dict[str, Tensor], path: str | Path, **recorded: str):
+def _own_memory(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    "`weights` on the CPU, each in memory of its own, as safetensors wants them."
+    weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
+    if len({w.data_ptr() for w in weights.values()}) == len(weights):
+        return weights
+    return {name: w.clone() for name, w in weights.items()}
+
+
+def write_weights(weights: dict[str, Tensor], path: str | Path, **recorded: str) -> None:
     """Write `weights` as `.safetensors` or `.pth`; replaces a file.
 
-    What is `recorded` goes into the metadata, or beside `"model"`, under which released adapters keep their tensors."""
-    if not isinstance(weights, dict) or not all(torch.is_tensor(w) for w in weights.values()):
-        raise TypeError(f"weights: got {type(weights).__name__}, wants a dict of tensors by name")
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
-    if len({w.data_ptr() for w in weights.values()}) < len(
-        weights
-    ):  # safetensors refuses what shares memory
-        weights = {name: w.clone() for name, w in weights.items()}
+    What is `recorded` goes into the metadata, or beside `"model"`, under which released adapters
+    keep their tensors. Raises TypeError for what is no dict of tensors, OSError for a folder that
+    cannot be written."""
+    if not _holds_tensors(weights):
+        refuse("weights", type(weights).__name__, "a dict of tensors by name", TypeError)
+    path, weights = Path(path), _own_memory(weights)
     make_folder(path.parent, "path")
-    try:
+
+    def write(temporary: Path) -> None:
         if path.suffix == ".safetensors":
             save_file(weights, temporary, metadata={"format": "pt", **recorded})
         else:
             torch.save({"model": weights, **recorded} if recorded else weights, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_atomically(path, write)
 
 # %% ../../nbs/checkpoints/00_weights.ipynb #309f7a2e
-def translate(names, table: list[tuple[str, str]], back: bool = False) -> dict[str, str]:
-    "Their name → our name for each of `names` in `table` (`back`: ours → theirs); names that fit nothing are left out."
-    rules = [(ours, theirs) if back else (theirs, ours) for theirs, ours in table]
-    rules = [
-        (re.compile(re.escape(source).replace(r"\*", r"([^.]+)")), target.replace("*", "{}"))
-        for source, target in rules
-    ]
-    found = {}
+def _rules(table: list[tuple[str, str]], back: bool) -> list[tuple[re.Pattern[str], str]]:
+    "The pairs of `table` as what a name must match and the name it gets, with `{}` for each `*`."
+    rules = []
+    for theirs, ours in table:
+        source, target = (ours, theirs) if back else (theirs, ours)
+        pattern = re.escape(source).replace(r"\*", "([^.]+)")
+        rules.append((re.compile(pattern), target.replace("*", "{}")))
+    return rules
+
+
+def translate(
+    names: Iterable[str], table: list[tuple[str, str]], back: bool = False
+) -> dict[str, str]:
+    """Their name → our name for each of `names` in `table` (`back`: ours → theirs).
+
+    Names that fit nothing are left out."""
+    rules, found = _rules(table, back), {}
     for name in names:
-        match = next(
-            ((hit, target) for pattern, target in rules if (hit := pattern.fullmatch(name))), None
-        )
-        if match:
-            found[name] = match[1].format(*match[0].groups())
+        for pattern, target in rules:
+            if hit := pattern.fullmatch(name):
+                found[name] = target.format(*hit.groups())
+                break
     return found
 
 # %% ../../nbs/checkpoints/00_weights.ipynb #4115a9bc
 def _listed(names: list[str]) -> str:
     "The first few of `names`; those that differ only in a number are counted together."
-    groups = {}
+    groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
-    texts = [
-        group[0] if len(group) == 1 else f"{len(group)} of {pattern}"
-        for pattern, group in groups.items()
-    ]
+    texts = []
+    for pattern, group in groups.items():
+        texts.append(group[0] if len(group) == 1 else f"{len(group)} of {pattern}")
     return ", ".join(texts[:4] + ["…"] * (len(texts) > 4))
 
 
-def check_weights(what: str, offered: dict[str, Tensor], wanted: dict[str, Tensor]):
-    "One line of ValueError unless `offered` has exactly the names and shapes of `wanted`."
-    shapes = [
-        f"{name} {list(offered[name].shape)} for {list(w.shape)}"
-        for name, w in wanted.items()
-        if name in offered and offered[name].shape != w.shape
-    ]
+def _misshapen(offered: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    "The names that are in both with different shapes, each with what came and what fits."
+    found = []
+    for name, w in wanted.items():
+        if name in offered and offered[name].shape != w.shape:
+            found.append(f"{name} {list(offered[name].shape)} for {list(w.shape)}")
+    return found
+
+
+def check_weights(what: str, offered: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raise ValueError unless `offered` has exactly the names and shapes of `wanted`.
+
+    `what` is what they are called in the error's one line."""
     wrong = {
         "missing": sorted(wanted.keys() - offered.keys()),
         "unexpected": sorted(offered.keys() - wanted.keys()),
-        "of another shape": shapes,
+        "of another shape": _misshapen(offered, wanted),
     }
     report = [f"{len(names)} {kind} ({_listed(names)})" for kind, names in wrong.items() if names]
     if report:
-        raise ValueError(f"{what}: wants {len(wanted)} tensors; {'; '.join(report)}")
+        refuse(what, f"{len(offered)} tensors, {'; '.join(report)}", f"exactly {len(wanted)}")
 
-
+# %% ../../nbs/checkpoints/00_weights.ipynb #83c2a7d4
 def fill_weights(
     module: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype | None = None
 ) -> nn.Module:
-    "`module`, made without memory, with exactly these `weights`."
+    """`module`, made without memory, with exactly these `weights`, in evaluation mode.
+
+    `dtype` is what floating-point tensors become; None keeps theirs."""
     if dtype:
         weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
     module.load_state_dict(weights, assign=True)

@@ -8,26 +8,24 @@ __all__ = ['OUTCOMES', 'OUTCOME_NAMES', 'MOMENTS', 'GATE_COLOURS', 'FORM_LOOKS',
 
 # %% ../../nbs/experiments/figures_training.ipynb #0a9ea799
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from .figures_cache import Look
 from ..figures import PAGE
 from ..toyland.world import ATTRIBUTES
 
 # %% ../../nbs/experiments/figures_training.ipynb #51a0c1e1
-def _draw_risk(axes, curves):
+def _draw_risk(axes: Axes, curves: dict) -> None:
     "Share of wrong answers among those given, against how many are given: a curve for each name."
-    colours = dict(zip(curves, ("#888888", "#0072B2", "#009E73", "#D55E00")))
-    for name, curve in curves.items():
-        axes.plot(curve["coverage"], curve["risk"], color=colours[name], label=name)
-        axes.plot(curve["coverage"][-1], curve["risk"][-1], "o", ms=4, color=colours[name])
-    axes.set(
-        xlim=(0, 1.03),
-        ylim=(0, None),
-        xlabel="share of questions answered",
-        ylabel="share of answers wrong",
-    )
+    colours = ("#888888", "#0072B2", "#009E73", "#D55E00")
+    for (name, curve), colour in zip(curves.items(), colours):
+        axes.plot(curve["coverage"], curve["risk"], color=colour, label=name)
+        axes.plot(curve["coverage"][-1], curve["risk"][-1], "o", ms=4, color=colour)
+    axes.set(xlim=(0, 1.03), xlabel="share of questions answered")
+    axes.set(ylim=(0, None), ylabel="share of answers wrong")
     axes.legend(frameon=False)
 
 # %% ../../nbs/experiments/figures_training.ipynb #51a0c1e2
@@ -37,90 +35,106 @@ OUTCOMES = dict(right="#0072B2", refused="#FFFFFF", unsure="#F0D9C4", wrong="#D5
 OUTCOME_NAMES = dict(right="right", refused="refused", unsure="wrong, unsure", wrong="wrong, sure")
 
 
-def draw_silence(results: dict) -> Figure:
-    """Shares of the four outcomes per case, before and after the third stage, cache off and on; risk–coverage curves.
+_EDGE: Look = dict(ec="#333333", lw=0.4)
 
-    `outcomes[CASE][WHEN][ROW][OUTCOME]` is a `summary`, ROW one of off, on; `curves[NAME]`: `coverage`, `risk`."""
-    cases = {
-        (case, when, row): cell
-        for case, by in results["outcomes"].items()
-        for when, rows in by.items()
-        for row, cell in rows.items()
-    }
-    figure = Figure(figsize=(PAGE, 0.9 + 0.14 * len(cases)), layout="constrained")
+
+def _draw_outcomes(axes: Axes, y: float, cell: dict) -> None:
+    "One bar at height `y`, divided by how often answers end in each way."
+    start = 0
+    for outcome, colour in OUTCOMES.items():
+        share = cell[outcome]["mean"]
+        axes.barh(y, share, 0.9, start, color=colour, **_EDGE)
+        start += share
+
+
+def _draw_cases(axes: Axes, outcomes: dict) -> None:
+    "All bars from above, with a gap before each new case, and their names."
+    places, names = [], []
+    for i, (case, by) in enumerate(outcomes.items()):
+        for when, rows in by.items():
+            for row, cell in rows.items():
+                places.append(len(places) + 0.8 * i)
+                names.append(f"{case}: {when}, {row}")
+                _draw_outcomes(axes, places[-1], cell)
+    axes.set_yticks(places, names, fontsize=6)
+    axes.set(xlim=(0, 1), xlabel="share of answers")
+    axes.set(title="before or after the third stage, cache off or on")
+    axes.invert_yaxis()
+
+
+def draw_silence(results: dict) -> Figure:
+    """Shares of the four outcomes per case, and curves of risk against coverage.
+
+    Cases are drawn before and after the third stage, with the cache off and on.
+    `outcomes[CASE][WHEN][ROW][OUTCOME]` is a `summary` of shares from 0 to 1, ROW one of `off` and
+    `on`; `curves[NAME]` holds lists `coverage` and `risk`, from the surest share of questions to
+    all that are answered."""
+    outcomes = results["outcomes"]
+    bars = 0
+    for by in outcomes.values():
+        bars += sum(len(rows) for rows in by.values())
+    figure = Figure(figsize=(PAGE, 0.9 + 0.14 * bars), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
-    places = [i + 0.8 * list(results["outcomes"]).index(case) for i, (case, *_) in enumerate(cases)]
-    for y, cell in zip(places, cases.values()):
-        start = 0
-        for outcome, colour in OUTCOMES.items():
-            left.barh(y, cell[outcome]["mean"], 0.9, start, color=colour, ec="#333333", lw=0.4)
-            start += cell[outcome]["mean"]
-    left.set_yticks(places, [f"{case}: {when}, {row}" for case, when, row in cases], fontsize=6)
-    left.set(
-        xlim=(0, 1),
-        xlabel="share of answers",
-        title="before or after the third stage, cache off or on",
-    )
-    left.invert_yaxis()
+    _draw_cases(left, outcomes)
     _draw_risk(right, results["curves"])
-    keys = [
-        Rectangle((0, 0), 1, 1, fc=c, ec="#333333", lw=0.4, label=OUTCOME_NAMES[o])
-        for o, c in OUTCOMES.items()
-    ]
+    keys = []
+    for outcome, colour in OUTCOMES.items():
+        keys.append(Rectangle((0, 0), 1, 1, fc=colour, label=OUTCOME_NAMES[outcome], **_EDGE))
     figure.legend(handles=keys, loc="outside lower left", ncols=4, frameon=False)
     return figure
 
 # %% ../../nbs/experiments/figures_training.ipynb #51a0c1e7
-def _draw_remedies(axes, remedies):
+_PART_NAMES = dict(seen="pictured", unseen="never pictured")
+
+
+def _draw_remedies(axes: Axes, remedies: dict) -> None:
     "Differences with intervals: a row per remedy, pictured (full) above never pictured (hollow)."
-    for y, row in enumerate(remedies.values()):
-        for part, fill, shift in (("seen", "k", -0.15), ("unseen", "w", 0.15)):
-            d = row["difference"][part]
-            axes.plot([d["low"], d["high"]], [y + shift] * 2, "k", lw=1)
-            axes.plot(d["mean"], y + shift, "o", ms=4, mec="k", mfc=fill)
+    fills = dict(seen="k", unseen="w")
+    shifts = dict(seen=-0.15, unseen=0.15)
+    for row, remedy in enumerate(remedies.values()):
+        for part, fill in fills.items():
+            difference = remedy["difference"][part]
+            y = row + shifts[part]
+            axes.plot([difference["low"], difference["high"]], [y, y], "k", lw=1)
+            axes.plot(difference["mean"], y, "o", ms=4, mec="k", mfc=fill)
     axes.axvline(0, color="k", lw=0.7)
-    axes.legend(
-        handles=[
-            Line2D([], [], ls="", marker="o", ms=4, mec="k", mfc=fill, label=label)
-            for label, fill in {"pictured": "k", "never pictured": "w"}.items()
-        ],
-        loc="upper center",
-        ncols=2,
-        bbox_to_anchor=(0.5, 1.13),
-        frameon=False,
-    )
-    axes.set(
-        yticks=range(len(remedies)),
-        yticklabels=remedies,
-        xlabel="kind and colour right, minus without remedy",
-    )
+    keys = []
+    for part, fill in fills.items():
+        label = _PART_NAMES[part]
+        keys.append(Line2D([], [], ls="", marker="o", ms=4, mec="k", mfc=fill, label=label))
+    above = (0.5, 1.13)
+    axes.legend(handles=keys, loc="upper center", ncols=2, bbox_to_anchor=above, frameon=False)
+    axes.set(yticks=range(len(remedies)), yticklabels=remedies)
+    axes.set(xlabel="kind and colour right, minus without remedy")
     axes.invert_yaxis()
 
 # %% ../../nbs/experiments/figures_training.ipynb #51a0c1e5
-def draw_never_pictured(results: dict) -> Figure:
-    """Accuracy of kind and colour at every station of `places`, pictured (full) and never pictured (hollow); right, how
-    much more often both are right with each of `remedies`, with 95 % intervals.
+def _draw_course(axes: Axes, places: dict, attribute: str, part: str, look: Look) -> None:
+    "Accuracy of one attribute from station to station."
+    course = [place[part][attribute]["mean"] for place in places.values()]
+    # Search is no station on the way, so no line leads on from it.
+    axes.plot(0, course[0], **look)
+    dash = dict(seen="-", unseen="--")[part]
+    label = f"{attribute}, {_PART_NAMES[part]}"
+    axes.plot(range(1, len(course)), course[1:], dash, lw=1, **look, label=label)
 
-    `places[NAME][part][attribute]` is a `summary`; `remedies[NAME]["difference"][part]`: `{mean, low, high}`."""
+
+def draw_never_pictured(results: dict) -> Figure:
+    """Accuracy of kind and colour at every station, and what mends it.
+
+    Left, for each of `places`, of which the first is a search beside the way: what was pictured is
+    full, what was never pictured hollow. `places[NAME][part][attribute]` is a `summary` of
+    accuracies from 0 to 1. Right, for each of `remedies`, how much more often both are right, with
+    95 % intervals: `remedies[NAME]["difference"][part]` holds `mean`, `low` and `high`."""
     figure = Figure(figsize=(PAGE, 2.7), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1])
-    looks, x = dict(kind=("o", "#0072B2"), colour=("s", "#D55E00")), range(len(results["places"]))
+    places = results["places"]
+    looks = dict(kind=("o", "#0072B2"), colour=("s", "#D55E00"))
     for attribute, (mark, colour) in looks.items():
         for part, fill in dict(seen=colour, unseen="w").items():
-            course = [place[part][attribute]["mean"] for place in results["places"].values()]
-            look = dict(marker=mark, ms=4, color=colour, mfc=fill)
-            left.plot(
-                0, course[0], **look
-            )  # search is no station on the way, so no line leads on from it
-            left.plot(
-                x[1:],
-                course[1:],
-                "-" if part == "seen" else "--",
-                lw=1,
-                **look,
-                label=f"{attribute}, " + dict(seen="pictured", unseen="never pictured")[part],
-            )
-    left.set_xticks(x, results["places"], rotation=45, ha="right")
+            look: Look = dict(marker=mark, ms=4, color=colour, mfc=fill)
+            _draw_course(left, places, attribute, part, look)
+    left.set_xticks(range(len(places)), places, rotation=45, ha="right")
     left.set(ylim=(0, 1.03), ylabel="accuracy, pictures")
     left.legend(loc="lower left", frameon=False)
     _draw_remedies(right, results["remedies"])
@@ -133,82 +147,76 @@ MOMENTS = ("before", "after stage 1", "after stage 2")
 GATE_COLOURS = dict(zero="#0072B2", random="#E69F00", open="#D55E00")
 
 
-def draw_gate_starts(results: dict) -> Figure:
-    """Answers in words alone, by what is injected meanwhile, and the captions' kind, from each start of the gates.
+def _draw_starts(axes: Axes, starts: dict) -> None:
+    "One panel: for each start of the gates the means at its moments, and a dot per seed."
+    for shift, (gates, course) in zip((-0.07, 0, 0.07), starts.items()):
+        colour = GATE_COLOURS[gates]
+        places = [MOMENTS.index(when) + shift for when in course]
+        means = [value["mean"] for value in course.values()]
+        axes.plot(places, means, lw=1.2, label=f"{gates}, mean", color=colour)
+        for place, value in zip(places, course.values()):
+            seeds = value["seeds"]
+            axes.plot([place] * len(seeds), seeds, "o", ms=2.5, color=colour)
+    names = [when.replace(" s", "\ns") for when in MOMENTS]
+    axes.set(xticks=range(len(MOMENTS)), xticklabels=names)
+    axes.set(xlim=(-0.3, 2.3), ylim=(0, 1.05))
 
-    `results["ability"][INJECTED][START][WHEN]` and `results["kind"][START][WHEN]`: `summary`; WHEN: of `MOMENTS`."""
-    asked = {
-        f"questions in words, {injected}": starts for injected, starts in results["ability"].items()
-    }
+
+def draw_gate_starts(results: dict) -> Figure:
+    """Answers in words alone, by what is injected meanwhile, and the captions' kind.
+
+    A line per start of the gates, a dot per seed.
+
+    `results["ability"][INJECTED][START][WHEN]` and `results["kind"][START][WHEN]` are a `summary`
+    of shares from 0 to 1; START is one of `GATE_COLOURS`, WHEN one of `MOMENTS`."""
+    asked = {f"questions in words, {name}": by for name, by in results["ability"].items()}
     asked["kind in a caption"] = results["kind"]
     figure = Figure(figsize=(PAGE, 2.1), layout="constrained")
-    for axes, (title, starts) in zip(figure.subplots(1, len(asked), sharey=True), asked.items()):
-        for shift, (gates, course) in zip((-0.07, 0, 0.07), starts.items()):
-            places, look = (
-                [MOMENTS.index(when) + shift for when in course],
-                dict(color=GATE_COLOURS[gates]),
-            )
-            axes.plot(
-                places,
-                [value["mean"] for value in course.values()],
-                lw=1.2,
-                label=f"{gates}, mean",
-                **look,
-            )
-            for place, value in zip(places, course.values()):
-                axes.plot([place] * len(value["seeds"]), value["seeds"], "o", ms=2.5, **look)
+    panels = figure.subplots(1, len(asked), sharey=True)
+    for axes, (title, starts) in zip(panels, asked.items()):
+        _draw_starts(axes, starts)
         axes.set_title(title, fontsize=7)
-        axes.set(
-            xticks=range(3),
-            xticklabels=[when.replace(" s", "\ns") for when in MOMENTS],
-            xlim=(-0.3, 2.3),
-            ylim=(0, 1.05),
-        )
-    axes.plot([], [], "k.", label="one seed")
-    axes.axhline(1 / len(ATTRIBUTES["kind"]), color="k", ls="--", lw=0.7, label="chance")
-    figure.axes[0].set_ylabel("share right")
-    figure.legend(
-        *axes.get_legend_handles_labels(),
-        loc="outside right center",
-        title="gates start",
-        frameon=False,
-    )
+    last = panels[-1]
+    last.plot([], [], "k.", label="one seed")
+    last.axhline(1 / len(ATTRIBUTES["kind"]), color="k", ls="--", lw=0.7, label="chance")
+    panels[0].set_ylabel("share right")
+    handles, labels = last.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", title="gates start", frameon=False)
     return figure
 
 # %% ../../nbs/experiments/figures_training.ipynb #02d6c36d
 def draw_gate_opening(results: dict) -> Figure:
-    "tanh(gate) along stage 1 of the first seed, `results['opening'][0]`: a panel per layer, a line per head."
+    """tanh(gate) along stage 1 of the first seed: a panel per layer, a line per head.
+
+    `results["opening"][0]` is a list `[points, layers, heads]` of numbers from -1 to 1, at equal
+    distances along `results["steps"]["stage_one"]` steps; `results["seeds"]` lists the seeds."""
     opening = torch.tensor(results["opening"][0])  # [points, layers, heads]
     steps = torch.arange(len(opening)) * results["steps"]["stage_one"] / len(opening)
     figure = Figure(figsize=(PAGE, 1.7), layout="constrained")
-    for layer, axes in enumerate(figure.subplots(1, opening.shape[1], sharey=True)):
+    panels = figure.subplots(1, opening.shape[1], sharey=True, squeeze=False)[0]
+    for layer, axes in enumerate(panels):
         axes.axhline(0, color="k", lw=0.5)
-        lines = axes.plot(steps, opening[:, layer], lw=1)
+        axes.plot(steps, opening[:, layer], lw=1)
         axes.set_title(f"layer {layer}", fontsize=7)
         axes.set_xlabel("step of stage 1")
-    figure.axes[0].set_ylabel(f"tanh(gate), seed {results['seeds'][0]}")
-    figure.legend(
-        lines,
-        [f"head {head}" for head in range(len(lines))],
-        loc="outside right center",
-        frameon=False,
-    )
+    panels[0].set_ylabel(f"tanh(gate), seed {results['seeds'][0]}")
+    lines = panels[-1].lines[1:]  # after the line at zero, one per head
+    heads = [f"head {head}" for head in range(len(lines))]
+    figure.legend(lines, heads, loc="outside right center", frameon=False)
     return figure
 
 # %% ../../nbs/experiments/figures_training.ipynb #4fe8911e
-def _draw_arms(axes, arms: dict[str, dict], colours="#0072B2"):
-    "A horizontal bar per arm for its `summary`'s mean; a dot per seed. `colours`: one, or one per arm."
-    names = list(arms)[::-1]
-    axes.barh(
-        names,
-        [arms[name]["mean"] for name in names],
-        height=0.6,
-        color=colours if isinstance(colours, str) else colours[::-1],
-    )
-    for place, name in enumerate(names):
+def _draw_arms(axes: Axes, arms: dict, colours: str | list[str] = "#0072B2") -> None:
+    "A bar per arm for its `summary`'s mean, a dot per seed. `colours`: one, or one per arm."
+    names = list(arms)[::-1]  # bars are drawn from below
+    means = [arms[name]["mean"] for name in names]
+    if not isinstance(colours, str):
+        colours = colours[::-1]
+    axes.barh(names, means, height=0.6, color=colours)
+    for place, (name, mean) in enumerate(zip(names, means)):
         values = arms[name]["seeds"]
         axes.plot(values, [place] * len(values), "o", ms=2.5, color="black")
-        axes.annotate(f" {arms[name]['mean']:.3f}", (max(values), place), va="center", fontsize=7)
+        axes.annotate(f" {mean:.3f}", (max(values), place), va="center", fontsize=7)
     axes.set(xlim=(0, 1.25), xticks=[0, 0.5, 1])
     axes.tick_params(axis="y", length=0)
 
@@ -228,32 +236,41 @@ FORM_LOOKS = {  # colour, line style
 FORM_PLACES = {"-": "all layers or before", "--": "last layer alone", ":": "first layer alone"}
 
 # %% ../../nbs/experiments/figures_training.ipynb #5f0a0002
+def _draw_losses(axes: Axes, losses: dict[str, list[float]]) -> None:
+    "The running mean of the loss of each form, over a twelfth of the way."
+    for name, course in losses.items():
+        colour, dash = FORM_LOOKS[name]
+        window = len(course) // 12
+        smooth = torch.tensor(course).unfold(0, window, 1).mean(1)  # [steps - window + 1]
+        steps = range(len(course) - len(smooth), len(course))
+        axes.plot(steps, smooth, dash, color=colour, lw=1)
+    axes.set(xlabel="step of stage 1", ylabel="loss, running mean", ylim=(0, None))
+    keys = []
+    for dash, place in FORM_PLACES.items():
+        keys.append(Line2D([], [], color="k", lw=1, ls=dash, label=place))
+    axes.legend(handles=keys, loc="lower left", fontsize=6, frameon=False)
+
+
 def draw_forms(results: dict) -> Figure:
-    "Ways in: mean loss along stage 1, and what captions name rightly, a bar per form, a dot per seed."
+    """Ways in: mean loss along stage 1, and what captions name rightly.
+
+    A bar per form, a dot per seed. `losses[FORM]` is a list with the loss of every step,
+    `scores[FORM][ASKED]` a `summary` of shares from 0 to 1, `parameters[FORM]` how many numbers
+    learn and `slower[FORM]` how many times longer than of the first form a step takes; FORM is one
+    of `FORM_LOOKS`."""
+    scores = results["scores"]
     figure = Figure(figsize=(PAGE, 2.8), layout="constrained")
     loss, *panels = figure.subplots(1, 5, width_ratios=[1.6, 1, 1, 1, 1])
-    for name, losses in results["losses"].items():
-        colour, style = FORM_LOOKS[name]
-        smooth = torch.tensor(losses).unfold(0, len(losses) // 12, 1).mean(1)
-        loss.plot(range(len(losses) - len(smooth), len(losses)), smooth, style, color=colour, lw=1)
-    loss.set(xlabel="step of stage 1", ylabel="loss, running mean", ylim=(0, None))
-    loss.legend(
-        handles=[
-            Line2D([], [], color="k", lw=1, ls=line, label=place)
-            for line, place in FORM_PLACES.items()
-        ],
-        loc="lower left",
-        fontsize=6,
-        frameon=False,
-    )
-    size, slower = results["parameters"], results["slower"]
-    names = {
-        name: f"{name}\n{size[name]:,} learned, step time × {slower[name]:.2f}"
-        for name in FORM_LOOKS
-    }
-    colours = [colour for colour, _ in FORM_LOOKS.values()]
-    for axes, asked in zip(panels, results["scores"]["word tokens"]):
-        _draw_arms(axes, {names[name]: results["scores"][name][asked] for name in names}, colours)
+    _draw_losses(loss, results["losses"])
+    names = {}
+    for form in scores:
+        size, slower = results["parameters"][form], results["slower"][form]
+        names[form] = f"{form}\n{size:,} learned, step time × {slower:.2f}"
+    colours = [FORM_LOOKS[form][0] for form in scores]
+    all_asked = list(next(iter(scores.values())))
+    for axes, asked in zip(panels, all_asked):
+        arms = {names[form]: by[asked] for form, by in scores.items()}
+        _draw_arms(axes, arms, colours)
         axes.set_title(asked, fontsize=7)
         axes.tick_params(axis="y", labelsize=6, labelleft=axes is panels[0])
     panels[1].set_xlabel("share right: mean (bar), seeds (dots)", x=1.1)
@@ -261,18 +278,20 @@ def draw_forms(results: dict) -> Figure:
 
 # %% ../../nbs/experiments/figures_training.ipynb #5f0a0005
 def draw_parts(results: dict) -> Figure:
-    """Bars with a dot per seed: `results["groups"]` (question → arms), `results["asked"]` and `results["scores"]`
-    (arm → asked → `summary`)."""
+    """Bars with a dot per seed: a block per question, a row per arm, a column per `asked`.
+
+    `results["groups"]` maps a question to the names of its arms, `results["asked"]` lists what is
+    asked, and `results["scores"][ARM][ASKED]` is a `summary` of shares from 0 to 1."""
     groups, asked = results["groups"], results["asked"]
+    last = list(groups)[-1]
     sizes = [len(arms) for arms in groups.values()]
-    figure = Figure(
-        figsize=(PAGE, 0.6 + sum(0.28 + 0.17 * size for size in sizes)), layout="constrained"
-    )
+    height = 0.6 + sum(0.28 + 0.17 * size for size in sizes)
+    figure = Figure(figsize=(PAGE, height), layout="constrained")
     rows = figure.subplots(len(groups), len(asked), sharey="row", height_ratios=sizes)
     for row, (group, arms) in zip(rows, groups.items()):
         for axes, question in zip(row, asked):
             _draw_arms(axes, {arm: results["scores"][arm][question] for arm in arms})
-            axes.tick_params(axis="x", labelbottom=group == list(groups)[-1])
+            axes.tick_params(axis="x", labelbottom=group == last)
         row[0].set_title(group, fontsize=7, loc="left", fontweight="bold")
     for axes, question in zip(rows[-1], asked):
         axes.set_xlabel(question, fontsize=7)

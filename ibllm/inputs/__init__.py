@@ -1,4 +1,7 @@
-"How files and arrays of every modality become tensors: a room for each modality, and the processor that joins them."
+"""How files and arrays of every modality become tensors.
+
+A room for each modality, and the processor that joins them."""
+
 from .processor import LOADERS, Processor
 from .sources import InputError
 

@@ -8,18 +8,23 @@ __all__ = ['mel_filters', 'log_mel', 'resample', 'audio_clips', 'load_audio']
 # %% ../../nbs/inputs/04_audio.ipynb #06d6d9c8
 import math
 from functools import lru_cache
+from typing import IO, Any
 
 import av
 import numpy as np
 import soundfile
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import InputConfig
+from ..files import refuse
 from ibllm.inputs.sources import (
+    PUBLISHED,
     SAFE_OPTIONS,
     Contents,
     InputError,
+    Source,
     as_array,
     check_rate,
     each_of_a_list,
@@ -32,31 +37,39 @@ from ibllm.inputs.sources import (
 )
 
 # %% ../../nbs/inputs/04_audio.ipynb #e18a55b8
+def _mel(hz: float | Tensor) -> Tensor:
+    "A frequency in hertz as mel, float64."
+    return 1127 * torch.log1p(torch.as_tensor(hz, dtype=torch.float64) / 700)
+
+
 @lru_cache
-def mel_filters(bins, fft_size, rate, low_hz, high_hz):
-    "Triangular filters, float32 [bins, fft_size / 2], equally spaced and linear in mel (released code)."
-    mel = lambda hz: 1127 * torch.log1p(torch.as_tensor(hz, dtype=torch.float64) / 700)
-    edges = torch.linspace(mel(low_hz).item(), mel(high_hz).item(), bins + 2, dtype=torch.float64)
-    left, centre, right = (edges[i : i + bins, None] for i in range(3))
-    position = mel(torch.arange(fft_size // 2) * (rate / fft_size))
+def mel_filters(bins: int, fft_size: int, rate: int, low_hz: float, high_hz: float) -> Tensor:
+    """Triangular filters, float32 [bins, fft_size / 2], equally spaced and linear in mel.
+
+    They cover `low_hz` to `high_hz` in the spectrum of `fft_size` samples at `rate` Hz (released
+    code)."""
+    edges = torch.linspace(_mel(low_hz).item(), _mel(high_hz).item(), bins + 2, dtype=torch.float64)
+    left, centre, right = (edges[i : i + bins, None] for i in range(3))  # [bins, 1] each
+    position = _mel(torch.arange(fft_size // 2) * (rate / fft_size))
     rising, falling = (position - left) / (centre - left), (right - position) / (right - centre)
     return torch.minimum(rising, falling).clamp(min=0).float()
 
-# %% ../../nbs/inputs/04_audio.ipynb #35e7ca28
-def _samples(ms, config):
+# %% ../../nbs/inputs/04_audio.ipynb #d4ee0e2f
+def _samples(ms: float, config: InputConfig) -> int:
+    "How many samples last `ms` milliseconds."
     return round(config.audio_rate * ms / 1000)
 
-# %% ../../nbs/inputs/04_audio.ipynb #d4ee0e2f
-def log_mel(waves, config=InputConfig()):
-    """Log energies of a Kaldi filter bank, float32 [..., frames, mel bins] of waves [..., samples] at `audio_rate`.
 
-    Whole frames only, symmetric Hann window, power spectrum, log of at least 2^-23 (released code).
-    """
+def log_mel(waves: Tensor, config: InputConfig = PUBLISHED) -> Tensor:
+    """Log energies of a Kaldi filter bank, float32 [..., frames, mel bins].
+
+    `waves` [..., samples] are at `audio_rate`, in [-1, 1]. Whole frames only, symmetric Hann
+    window, power spectrum, log of at least 2^-23 (released code)."""
     frame, hop = _samples(config.audio_frame_ms, config), _samples(config.audio_hop_ms, config)
     size = 1 << (frame - 1).bit_length()
     high = config.audio_high_hz or config.audio_rate / 2
     filters = mel_filters(config.audio_mel_bins, size, config.audio_rate, config.audio_low_hz, high)
-    frames = waves.unfold(-1, frame, hop)
+    frames = waves.unfold(-1, frame, hop)  # [..., frames, samples of a frame]
     frames = frames - frames.mean(-1, keepdim=True)
     frames = frames - 0.97 * torch.cat([frames[..., :1], frames[..., :-1]], -1)
     spectrum = torch.fft.rfft(frames * torch.hann_window(frame, periodic=False), size)
@@ -64,132 +77,149 @@ def log_mel(waves, config=InputConfig()):
     return (power[..., :-1] @ filters.T).clamp(min=2**-23).log()
 
 # %% ../../nbs/inputs/04_audio.ipynb #ef1d429b
-def _sinc_weights(step, phases, zeros, rolloff):
-    "Which old samples [phases, taps], relative to a block's start, make the new ones, and their weights."
+def _sinc_weights(step: int, phases: int, zeros: int, rolloff: float) -> tuple[Tensor, Tensor]:
+    """Which old samples make the new ones, and their weights, both [phases, taps].
+
+    The old samples are counted from the start of a block, in which `step` old samples become
+    `phases` new ones."""
     cutoff = rolloff * min(step, phases) / step
     reach = math.ceil(zeros / cutoff)
-    position = torch.arange(phases, dtype=torch.float64)[:, None] * step / phases
+    position = torch.arange(phases, dtype=torch.float64)[:, None] * step / phases  # [phases, 1]
     taps = position.long() + torch.arange(-reach, reach + 2)
     offset = ((taps - position) * cutoff).clamp(-zeros, zeros)
     window = torch.cos(offset * math.pi / zeros / 2).square()
     return taps, (torch.sinc(offset) * window * cutoff).float()
 
-# %% ../../nbs/inputs/04_audio.ipynb #3aac7519
-def resample(waves, from_rate, to_rate, start=0, count=None, zeros=6, rolloff=0.99):
-    """Band-limited resampling of float32 [..., samples] to [..., `count`], from new sample `start` on.
 
-    `count` None means to the end. Windowed sinc with `zeros` zero crossings on either side, cut-off at `rolloff` times
-    the lower Nyquist frequency, squared-cosine window; in all there are ceil(samples x to_rate / from_rate) new samples
-    (released code).
-    """
+def _cut_out(waves: Tensor, first: int, stop: int) -> Tensor:
+    "Samples `first` to `stop` of waves [..., samples]; 0 before and after the recording."
+    before, after = max(-first, 0), max(stop - waves.shape[-1], 0)
+    return F.pad(waves[..., max(first, 0) : stop], (before, after))
+
+# %% ../../nbs/inputs/04_audio.ipynb #3aac7519
+def resample(
+    waves: Tensor,
+    from_rate: int,
+    to_rate: int,
+    start: int = 0,
+    count: int | None = None,
+    zeros: int = 6,
+    rolloff: float = 0.99,
+) -> Tensor:
+    """Band-limited resampling of float32 [..., samples] to [..., `count`], from sample `start` on.
+
+    Rates are in Hz; `start` counts new samples, and `count` None means to the end. Windowed sinc
+    with `zeros` zero crossings on either side, cut-off at `rolloff` times the lower Nyquist
+    frequency, squared-cosine window; in all there are ceil(samples x to_rate / from_rate) new
+    samples (released code)."""
     total = -(-waves.shape[-1] * to_rate // from_rate)
     count = total - start if count is None else count
     if from_rate == to_rate:
         return waves[..., start : start + count]
-    step, phases = (rate // math.gcd(from_rate, to_rate) for rate in (from_rate, to_rate))
+    divisor = math.gcd(from_rate, to_rate)
+    step, phases = from_rate // divisor, to_rate // divisor
     taps, weights = _sinc_weights(step, phases, zeros, rolloff)
     moments = torch.arange(start, start + count)
-    first, last = (
-        int(n) // phases * step + int(t)
-        for n, t in ((moments[0], taps.min()), (moments[-1], taps.max()))
-    )
-    needed = F.pad(
-        waves[..., max(first, 0) : last + 1], (max(-first, 0), max(last + 1 - waves.shape[-1], 0))
-    )
+    first = int(moments[0]) // phases * step + int(taps.min())
+    last = int(moments[-1]) // phases * step + int(taps.max())
+    needed = _cut_out(waves, first, last + 1)
     at_once = max(2**21 // (taps.shape[1] * max(waves[..., 0].numel(), 1)), 1)
     pieces = []
     for moment in moments.split(at_once):
-        old = (moment // phases * step)[:, None] + taps[moment % phases] - first
+        block = (moment // phases * step)[:, None]  # [moments, 1]
+        old = block + taps[moment % phases] - first  # [moments, taps]
         pieces.append((needed[..., old] * weights[moment % phases]).sum(-1))
     return torch.cat(pieces, -1)
 
 # %% ../../nbs/inputs/04_audio.ipynb #c4637989
-def audio_clips(waves, rate, config=InputConfig()):
-    """`audio_clips` evenly spaced clips of waves [B, samples] without their means, [B, clips, samples] at `audio_rate`.
+def audio_clips(waves: Tensor, rate: int, config: InputConfig = PUBLISHED) -> Tensor:
+    """`audio_clips` evenly spaced clips [B, clips, samples] at `audio_rate`, without their means.
 
-    A wave shorter than one clip is every clip, at its own length. Only what the clips hold is resampled.
-    """
+    `waves` [B, samples] are at `rate` Hz. A wave shorter than one clip is every clip, at its own
+    length. Only what the clips hold is resampled. The released code removes means in place."""
     total = -(-waves.shape[-1] * config.audio_rate // rate)
     length = min(round(config.audio_clip_seconds * config.audio_rate), total)
-    starts = [
-        i * (total - length) // max(config.audio_clips - 1, 1) for i in range(config.audio_clips)
-    ]
-    clips = torch.stack(
-        [resample(waves, rate, config.audio_rate, start, length) for start in starts], 1
-    )
-    return clips - clips.mean(-1, keepdim=True)
+    gaps = max(config.audio_clips - 1, 1)
+    clips = []
+    for i in range(config.audio_clips):
+        start = i * (total - length) // gaps
+        clips.append(resample(waves, rate, config.audio_rate, start, length))
+    stacked = torch.stack(clips, 1)  # [B, clips, samples]
+    return stacked - stacked.mean(-1, keepdim=True)
 
 # %% ../../nbs/inputs/04_audio.ipynb #b9412cdd
-def _log_mel_clips(name, waves, rate, config):
-    "[B, clips, 1, mel bins, frames] of [B, samples]."
+def _log_mel_clips(name: str, waves: Tensor, rate: int, config: InputConfig) -> Tensor:
+    "[B, clips, 1, mel bins, frames] of [B, samples] at `rate`."
     clips, frame = audio_clips(waves, rate, config), _samples(config.audio_frame_ms, config)
     if clips.shape[-1] < frame:
-        raise InputError(
-            f"{name}: {clips.shape[-1]} samples at {config.audio_rate} Hz; expected {frame} at least"
-        )
-    x = log_mel(clips, config)[..., : config.audio_frames, :].transpose(-1, -2)
+        got = f"{clips.shape[-1]} samples at {config.audio_rate} Hz"
+        refuse(name, got, f"{frame} at least", InputError)
+    x = log_mel(clips, config)[..., : config.audio_frames, :]
+    x = x.transpose(-1, -2)  # [B, clips, mel bins, frames]
     x = F.pad(x, (0, config.audio_frames - x.shape[-1]))
-    return ((x - config.audio_mean) / config.audio_std).unsqueeze(2).contiguous()
+    x = (x - config.audio_mean) / config.audio_std
+    return x.unsqueeze(2).contiguous()  # [B, clips, 1, mel bins, frames]
 
 # %% ../../nbs/inputs/04_audio.ipynb #69a7a7a6
 MAX_SAMPLES = 30 * 60 * 48_000  # of one sound: half an hour at 48 kHz
 
-# %% ../../nbs/inputs/04_audio.ipynb #442b865d
-def _check_sound(name, samples, rate):
+
+def _check_sound(name: str, samples: int, rate: float) -> None:
+    "Refuse a rate that no sound has, and sounds that are too long."
     check_rate(name, rate, 1000, 768_000)
     if rate != int(rate):
-        raise InputError(f"{name}: a rate of {rate}; expected a whole number")
+        refuse(name, f"a rate of {rate}", "a whole number", InputError)
     if samples > MAX_SAMPLES:
-        raise InputError(
-            f"{name}: {samples / rate:.0f} s at {rate} Hz; cut it to {MAX_SAMPLES // rate} s"
-        )
+        got, most = f"{samples / rate:.0f} s at {rate} Hz", int(MAX_SAMPLES // rate)
+        refuse(name, got, f"a sound cut to {most} s", InputError)
 
 
-def _check_whole(name, found, claimed, slack):
+def _check_whole(name: str, found: float, claimed: float, slack: float) -> None:
+    "Refuse a sound that lasts `found` seconds, more than `slack` less than it claims."
     if found + slack < claimed:
-        raise InputError(f"{name}: cut off after {found:g} of {claimed:g} s; give a whole sound")
+        got = f"a sound cut off after {found:g} of {claimed:g} s"
+        refuse(name, got, "a whole sound", InputError)
 
 # %% ../../nbs/inputs/04_audio.ipynb #46c12fa3
-def _read_wave(name, file, claimed):
-    "(float32 [samples] of the first channel, rate) by libsndfile, of a file that claims so many bytes."
+def _read_wave(name: str, file: IO[bytes], claimed: int) -> tuple[np.ndarray, int]:
+    "(float32 [samples] of the first channel, rate) by libsndfile; the file claims so many bytes."
     start = file.tell()
     if 0 < claimed - (file.seek(0, 2) - start) < 2**32 - 2**20:
-        raise InputError(f"{name}: cut off; the file claims {claimed} bytes")
+        got = f"a file cut off before the {claimed} bytes that it claims"
+        refuse(name, got, "a whole sound", InputError)
     file.seek(start)
-    with soundfile.SoundFile(Contents(file)) as sound:
+    contents: Any = Contents(file)
+    with soundfile.SoundFile(contents) as sound:
         _check_sound(name, sound.frames, sound.samplerate)
         if sound.channels > 64:
-            raise InputError(f"{name}: {sound.channels} channels; expected 64 at most")
-        pieces = [
-            block[:, 0].copy() for block in sound.blocks(2**16, dtype="float32", always_2d=True)
-        ]
+            refuse(name, f"{sound.channels} channels", "64 at most", InputError)
+        blocks = sound.blocks(2**16, dtype="float32", always_2d=True)
+        pieces = [block[:, 0].copy() for block in blocks]
         wave = np.concatenate([np.zeros(0, np.float32), *pieces])
         _check_whole(name, len(wave) / sound.samplerate, sound.frames / sound.samplerate, 0)
         return wave, sound.samplerate
 
 # %% ../../nbs/inputs/04_audio.ipynb #dab0b982
-def _read_track(name, file):
+def _read_track(name: str, file: IO[bytes]) -> tuple[np.ndarray, int]:
     "(float32 [samples] of the first channel, rate) of the first sound track, by PyAV."
-    with reading(name, "a sound"), av.open(Contents(file), options=SAFE_OPTIONS) as container:
+    with reading(name, "a sound"), av.open(Contents(file), "r", options=SAFE_OPTIONS) as container:
         if not container.streams.audio:
-            raise InputError(f"{name}: has no sound track; give a sound, or a video with one")
-        stream, planar, pieces, samples = (
-            container.streams.audio[0],
-            av.AudioResampler(format="fltp"),
-            [],
-            0,
-        )
+            got, wants = "a file with no sound track", "a sound, or a video with one"
+            refuse(name, got, wants, InputError)
+        stream, planar = container.streams.audio[0], av.AudioResampler(format="fltp")
+        pieces, samples, rate = [], 0, 0
         for frame in container.decode(stream):
             rate, samples = frame.sample_rate, samples + frame.samples
             _check_sound(name, samples, rate)
             pieces += [piece.to_ndarray()[0] for piece in planar.resample(frame)]
         if not pieces:
-            raise InputError(f"{name}: its sound track is empty; give a sound")
-        _check_whole(name, samples / rate, float((stream.duration or 0) * stream.time_base), 0.2)
+            refuse(name, "an empty sound track", "a sound", InputError)
+        duration = float((stream.duration or 0) * (stream.time_base or 0))
+        _check_whole(name, samples / rate, duration, 0.2)
         return np.concatenate(pieces), rate
 
 # %% ../../nbs/inputs/04_audio.ipynb #d51f3b97
-def _read_sound(source):
+def _read_sound(source: Source) -> tuple[str, np.ndarray, int]:
     "(name, float32 [samples] of the first channel, rate)."
     with opened(source, "a sound") as (name, file):
         start = file.tell()
@@ -204,11 +234,11 @@ def _read_sound(source):
         return name, *_read_track(name, file)
 
 # %% ../../nbs/inputs/04_audio.ipynb #cd50edec
-def _sound_array(array):
+def _sound_array(array: np.ndarray) -> np.ndarray:
     "float32 [B, samples] of [samples], [B, samples] or [B, channels, samples]."
     if array.ndim not in (1, 2, 3) or 0 in array.shape:
         shapes = "[samples], [B, samples] or [B, channels, samples]"
-        raise InputError(f"audio array of shape {array.shape}; expected {shapes}")
+        refuse("audio array", f"shape {array.shape}", shapes, InputError)
     waves = array[:, 0] if array.ndim == 3 else np.atleast_2d(array)
     if waves.dtype in (np.int16, np.int32):
         return waves.astype(np.float32) / -float(np.iinfo(waves.dtype).min)
@@ -216,41 +246,50 @@ def _sound_array(array):
         return waves
     if waves.dtype.kind == "f":
         return to_float32(waves)
-    raise InputError(f"audio array of {waves.dtype}; expected floats in [-1, 1], int16 or int32")
+    wants = "floats in [-1, 1], int16 or int32"
+    refuse("audio array", f"samples of {waves.dtype}", wants, InputError)
 
 
-def _check_waves(name, waves):
+def _check_waves(name: str, waves: np.ndarray) -> None:
+    "Refuse samples that are no numbers, or far too large."
     low, high = waves.min(), waves.max()
     if not np.isfinite([low, high]).all():
-        raise InputError(f"{name}: holds NaN or infinite samples; expected [-1, 1]")
+        refuse(name, "NaN or infinite samples", "samples in [-1, 1]", InputError)
     if max(-low, high) > 10:
-        hint = "these look like integers, divide by 32768"
-        raise InputError(f"{name}: samples up to {max(-low, high):g}; expected [-1, 1]: {hint}")
+        got = f"samples up to {max(-low, high):g}"
+        wants = "samples in [-1, 1]: these look like integers, divide by 32768"
+        refuse(name, got, wants, InputError)
 
 # %% ../../nbs/inputs/04_audio.ipynb #22bae1ad
 @each_of_a_list
-def load_audio(source, config=InputConfig()):
-    """Sounds as normalised log-mel clips, float32 [B, clips, 1, mel bins, frames].
+def load_audio(source: Source, config: InputConfig = PUBLISHED) -> Tensor:
+    """Sounds as normalised log-mel clips, float32 [B, clips, 1, mel bins, frames] (released code).
 
     Args:
-        source: a path, an open file or bytes of wav, flac, ogg, mp3, m4a or a video with sound; an array [samples],
-            [B, samples] or [B, channels, samples] in [-1, 1] at `audio_rate`; (array, rate in Hz); or a list of these.
+        source: a path, an open file or bytes of wav, flac, ogg, mp3, m4a or a video with sound; an
+            array [samples], [B, samples] or [B, channels, samples] in [-1, 1] at `audio_rate`;
+            (array, rate in Hz); or a list of these.
+        config: all that is called `audio_…`.
     Raises:
-        ValueError: no sound track, damaged or cut off, shorter than one frame, too long, or out of range.
+        ValueError: no sound track, damaged or cut off, shorter than one frame, too long, or out of
+            range.
         TypeError: a file with a rate.
+        FileNotFoundError: no such file.
     """
     sound, rate = with_rate(source, config.audio_rate)
     name, array = "audio array", as_array(sound)
     if array is None:
         if sound is not source:
-            raise TypeError(f"{name_of(sound)}: a file knows its rate; give it without one")
+            wants = "the file alone, as it knows its rate"
+            refuse(name_of(sound), "a rate beside the file", wants, TypeError)
         name, array, rate = _read_sound(source)
         if not len(array):
-            raise InputError(f"{name}: holds no samples; give a sound")
+            refuse(name, "a file that holds no samples", "a sound", InputError)
     array = _sound_array(array)
     _check_sound(name, array.shape[-1], rate)
     _check_waves(name, array)
-    return in_slices(
-        lambda part: _log_mel_clips(name, torch.from_numpy(np.array(part)), int(rate), config),
-        array,
-    )
+
+    def convert(part: np.ndarray) -> Tensor:
+        return _log_mel_clips(name, torch.from_numpy(np.array(part)), int(rate), config)
+
+    return in_slices(convert, array)

@@ -12,11 +12,15 @@ import warnings
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from ..config import InputConfig
+from ..files import refuse
 from ibllm.inputs.sources import (
     MAX_PIXELS,
+    PUBLISHED,
     InputError,
+    Source,
     as_array,
     check_sides,
     each_of_a_list,
@@ -26,109 +30,106 @@ from ibllm.inputs.sources import (
 )
 
 # %% ../../nbs/inputs/01_image.ipynb #59f5337f
-def open_picture(name, data, wanted):
-    "The PIL image of a file's contents, not yet decoded. EPS is left out: reading it means running a program."
+def open_picture(name: str, data: bytes, wanted: str) -> Image.Image:
+    "The PIL image of a file's contents, not yet decoded."
     Image.init()
+    kinds = [kind for kind in Image.ID if kind != "EPS"]  # reading EPS means running a program
     with reading(name, wanted):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            return Image.open(
-                io.BytesIO(data), formats=[kind for kind in Image.ID if kind != "EPS"]
-            )
+            return Image.open(io.BytesIO(data), formats=kinds)
         except UnidentifiedImageError:
-            raise ValueError("no known picture format") from None
+            refuse(name, "no known picture format", wanted, InputError)
 
 
-def decode_picture(name, image, wanted, most=2 * MAX_PIXELS):
-    "The picture upright, in its own mode."
+def decode_picture(
+    name: str, image: Image.Image, wanted: str, most: int = 2 * MAX_PIXELS
+) -> Image.Image:
+    "The picture upright, in its own mode, if it has no more than `most` pixels."
     check_sides(name, image.height, image.width, most)
     with reading(name, wanted):
         image.load()
         return ImageOps.exif_transpose(image)
 
 # %% ../../nbs/inputs/01_image.ipynb #59483037
-def to_rgb(image):
-    "RGB with 8 bits: 16-bit grey is scaled, alpha is dropped."
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() >= 0 and values.max() <= 65535:
-            values = values.astype(np.uint16)
-        image = Image.fromarray(uint8_pixels(values))
-    elif image.mode == "F":
-        image = Image.fromarray(uint8_pixels(np.asarray(image)))
-    elif image.mode == "P":
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def uint8_pixels(pixels):
+def uint8_pixels(name: str, pixels: np.ndarray) -> np.ndarray:
     "8-bit pixels of uint8, uint16 (65,535 is white) or floats in [0, 1]."
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype == np.uint16:
         return ((pixels + np.uint32(128)) // 257).astype(np.uint8)
-    wanted = "expected uint8, uint16, or floats in [0, 1]"
+    got, wants = f"pixels of {pixels.dtype}", "uint8, uint16, or floats in [0, 1]"
     if pixels.dtype.kind not in "fiu":
-        raise ValueError(f"pixels of {pixels.dtype}; {wanted}")
+        refuse(name, got, wants, InputError)
     low, high = pixels.min(), pixels.max()
     if pixels.dtype.kind == "f" and 0 <= low <= high <= 1:
         return (pixels * 255).round().astype(np.uint8)
     if pixels.dtype.kind in "iu" and 0 <= low <= high <= 255:
         return pixels.astype(np.uint8)
-    raise ValueError(f"pixels of {pixels.dtype} from {low} to {high}; {wanted}")
+    refuse(name, f"{got} from {low} to {high}", wants, InputError)
+
+
+def to_rgb(name: str, image: Image.Image) -> Image.Image:
+    "RGB with 8 bits: 16-bit grey is scaled, alpha is dropped."
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() >= 0 and values.max() <= 65535:
+            values = values.astype(np.uint16)
+        image = Image.fromarray(uint8_pixels(name, values))
+    elif image.mode == "F":
+        image = Image.fromarray(uint8_pixels(name, np.asarray(image)))
+    elif image.mode == "P":
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 # %% ../../nbs/inputs/01_image.ipynb #44d8088d
-def scaled_size(height, width, size):
+def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:
     "(height, width) with the short side at `size`, the long side rounded down."
-    return (
-        (size, int(size * width / height))
-        if height <= width
-        else (int(size * height / width), size)
-    )
+    if height <= width:
+        return size, int(size * width / height)
+    return int(size * height / width), size
 
 
-def fit_picture(image, size):
+def fit_picture(image: Image.Image, size: int) -> np.ndarray:
     "uint8 [size, size, 3]: short side by bicubic resampling, then the centre."
     height, width = scaled_size(image.height, image.width, size)
     if (width, height) != image.size:
-        image = image.resize((width, height), Image.BICUBIC)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     top, left = round((height - size) / 2), round((width - size) / 2)
     return np.array(image)[top : top + size, left : left + size]
 
 
-def normalize_rgb(x, config):
+def normalize_rgb(x: Tensor, config: InputConfig) -> Tensor:
     "float32 [..., 3, H, W] in [0, 1] with mean and standard deviation removed, in place."
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.image_mean, config.image_std))
+    mean = torch.tensor(config.image_mean).view(3, 1, 1)  # [3, 1, 1], the same for all pixels
+    std = torch.tensor(config.image_std).view(3, 1, 1)  # [3, 1, 1]
     return x.sub_(mean).div_(std)
 
 
-def _pixel_tensor(pixels, config):
+def _pixel_tensor(pixels: np.ndarray, config: InputConfig) -> Tensor:
     "Normalised float32 [B, 3, H, W] of uint8 [B, H, W, 3]."
-    x = torch.from_numpy(np.array(pixels)).movedim(-1, 1)
-    return normalize_rgb(
-        x.to(torch.float32, memory_format=torch.contiguous_format).div_(255), config
-    )
+    x = torch.from_numpy(np.array(pixels)).movedim(-1, 1)  # [B, 3, H, W]
+    x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    return normalize_rgb(x, config)
 
 # %% ../../nbs/inputs/01_image.ipynb #2143586b
-def _image_array(pixels):
+def _image_array(pixels: np.ndarray) -> np.ndarray:
     "uint8 [B, H, W, 3] of an array of pictures."
     shape = pixels.shape
     if pixels.ndim == 2:
-        pixels = pixels[..., None]
+        pixels = pixels[..., None]  # [H, W, 1]
     if pixels.ndim == 3:
-        pixels = pixels[None]
+        pixels = pixels[None]  # [1, H, W, C]
     if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3, 4) or 0 in shape:
         hint = ": channels go last" if len(shape) > 2 and shape[-3] in (1, 3) else ""
-        raise InputError(
-            f"image array of shape {shape}; expected [H, W], [H, W, 3] or [B, H, W, 3]{hint}"
-        )
+        wants = f"[H, W], [H, W, 3] or [B, H, W, 3]{hint}"
+        refuse("image array", f"shape {shape}", wants, InputError)
     check_sides("image array", *pixels.shape[1:3])
-    with reading("image array", "pictures"):
-        pixels = uint8_pixels(pixels)
+    pixels = uint8_pixels("image array", pixels)
     return np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels[..., :3]
 
-# %% ../../nbs/inputs/01_image.ipynb #2e40892f
-def _read_image(source, size):
+
+def _read_image(source: Source, size: int) -> np.ndarray:
     "uint8 [size, size, 3] of a file or PIL image."
     name, image = "PIL image", source
     if not isinstance(source, Image.Image):
@@ -136,26 +137,33 @@ def _read_image(source, size):
         image = open_picture(name, data, "a picture")
     image = decode_picture(name, image, "a picture")
     with reading(name, "a picture"):
-        return fit_picture(to_rgb(image), size)
+        return fit_picture(to_rgb(name, image), size)
+
+
+def _fit_each(pixels: np.ndarray, size: int) -> np.ndarray:
+    "uint8 [B, size, size, 3] of uint8 [B, H, W, 3]."
+    pictures = [Image.fromarray(np.ascontiguousarray(picture)) for picture in pixels]
+    return np.stack([fit_picture(picture, size) for picture in pictures])
 
 # %% ../../nbs/inputs/01_image.ipynb #a9e4eafa
 @each_of_a_list
-def load_image(source, config=InputConfig()):
-    """Pictures as normalised float32 [B, 3, image_size, image_size].
+def load_image(source: Source, config: InputConfig = PUBLISHED) -> Tensor:
+    """Pictures as normalised float32 [B, 3, image_size, image_size] (released code).
 
     Args:
-        source: a path, an open file, bytes or a PIL image of any kind Pillow itself reads; an array [H, W],
-            [H, W, C] or [B, H, W, C] of 1, 3 or 4 channels (uint8, uint16, or floats in [0, 1]); or a list of these.
+        source: a path, an open file, bytes or a PIL image of any kind Pillow itself reads; an array
+            [H, W], [H, W, C] or [B, H, W, C] of 1, 3 or 4 channels (uint8, uint16, or floats in
+            [0, 1]); or a list of these.
+        config: its `image_size` in pixels, `image_mean` and `image_std`.
     Raises:
-        ValueError: not a picture, damaged, too large or too long; an array of another shape or range.
+        ValueError: not a picture, damaged, too large or too long; an array of another shape or
+            range.
+        FileNotFoundError: no such file.
     """
     pixels = as_array(source)
-    pixels = _image_array(_read_image(source, config.image_size) if pixels is None else pixels)
-    if pixels.shape[1:3] != (config.image_size,) * 2:
-        pixels = np.stack(
-            [
-                fit_picture(Image.fromarray(np.ascontiguousarray(p)), config.image_size)
-                for p in pixels
-            ]
-        )
+    if pixels is None:
+        pixels = _read_image(source, config.image_size)
+    pixels = _image_array(pixels)
+    if pixels.shape[1:3] != (config.image_size, config.image_size):
+        pixels = _fit_each(pixels, config.image_size)
     return in_slices(lambda part: _pixel_tensor(part, config), pixels)

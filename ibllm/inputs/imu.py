@@ -8,13 +8,18 @@ __all__ = ['load_imu']
 # %% ../../nbs/inputs/07_imu.ipynb #cf2a13d6
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..config import InputConfig
+from ..files import refuse, shown
 from ibllm.inputs.sources import (
+    PUBLISHED,
     InputError,
+    Source,
     as_array,
     check_rate,
     check_text_size,
+    described,
     each_of_a_list,
     read_bytes,
     read_npy,
@@ -27,81 +32,68 @@ from ibllm.inputs.sources import (
 IMU_COLUMNS = ("ax", "ay", "az", "gx", "gy", "gz")
 
 
-def _read_table(name, data):
+def _read_table(name: str, data: bytes) -> tuple[list[str], np.ndarray]:
     "(column names, numbers [T, columns]) of a CSV file."
-    check_text_size(data)
+    check_text_size(name, data)
     head, *lines = [line for line in data.decode("utf-8-sig").splitlines() if line.strip()] or [""]
     names = [column.strip().lower() for column in head.split(",")]
     if not set(IMU_COLUMNS) <= set(names):
-        wanted = f"the columns {', '.join(IMU_COLUMNS)}, and t in seconds if known"
-        raise InputError(f"{name}: first line {head[:60]!r}; expected {wanted}")
+        wants = f"the columns {', '.join(IMU_COLUMNS)}, and t in seconds if known"
+        refuse(name, f"a first line {shown(head)}", wants, InputError)
     table = np.loadtxt(lines, delimiter=",", ndmin=2) if lines else np.zeros((0, 0))
     rows, columns = table.shape
     if rows < 2 or columns != len(names):
-        raise InputError(
-            f"{name}: {rows} lines of {columns} numbers; expected 2 or more of {len(names)}"
-        )
+        got = f"{rows} lines of {columns} numbers"
+        refuse(name, got, f"2 or more of {len(names)}", InputError)
     return names, table
 
-# %% ../../nbs/inputs/07_imu.ipynb #a5b7ec00
-def _read_imu(source):
-    "(name, [6, T], times in seconds or None) of a CSV or npy file."
+
+def _read_imu(source: Source) -> tuple[str, np.ndarray, np.ndarray | None]:
+    "(name, [6, T], times [T] in seconds or None) of a CSV or npy file."
     name, data = read_bytes(source, "an IMU recording")
     with reading(name, "an IMU recording"):
         if data.startswith(b"\x93NUMPY"):
-            return name, read_npy(data), None
+            return name, read_npy(name, data), None
         names, table = _read_table(name, data)
         times = table[:, names.index("t")] if "t" in names else None
         return name, table[:, [names.index(column) for column in IMU_COLUMNS]].T, times
 
 # %% ../../nbs/inputs/07_imu.ipynb #0612e072
-def _check_times(name, times):
+def _check_times(name: str, times: np.ndarray) -> None:
     "Refuse times that do not increase, or that are not seconds."
     step = np.diff(times)
     if not np.isfinite(times).all() or not (step > 0).all():
-        raise InputError(f"{name}: column t does not increase; expected seconds")
+        refuse(name, "a column t that does not increase", "seconds", InputError)
     if np.median(step) > 0.5:
-        raise InputError(f"{name}: {np.median(step):g} between readings; expected t in seconds")
+        refuse(name, f"{np.median(step):g} between readings", "t in seconds", InputError)
 
 
-def _motion(name, array):
-    "float32 [B, 6, T] of [6, T] or [B, 6, T]; values far outside what the units allow are refused."
-    if (
-        array.ndim not in (2, 3)
-        or array.shape[-2] != 6
-        or 0 in array.shape
-        or array.dtype.kind not in "fiu"
-    ):
+def _motion(name: str, array: np.ndarray) -> Tensor:
+    "float32 [B, 6, T] of [6, T] or [B, 6, T]; refuses values far outside what the units allow."
+    right_shape = array.ndim in (2, 3) and array.shape[-2] == 6 and 0 not in array.shape
+    if not right_shape or array.dtype.kind not in "fiu":
         hint = ": channels go first" if array.shape[-1:] == (6,) else ""
-        raise InputError(
-            f"{name}: {array.dtype} of shape {array.shape}; expected [6, T] or [B, 6, T]{hint}"
-        )
+        refuse(name, described(array), f"[6, T] or [B, 6, T]{hint}", InputError)
     motion = torch.from_numpy(to_float32(array if array.ndim == 3 else array[None]))
     if not motion.isfinite().all():
-        raise InputError(f"{name}: holds NaN or infinite readings; expected numbers")
+        refuse(name, "NaN or infinite readings", "numbers", InputError)
     push, turn = motion[:, :3].abs().max().item(), motion[:, 3:].abs().max().item()
     if push > 500:
-        raise InputError(
-            f"{name}: accelerations up to {push:g}; expected m/s²: these look like mm/s² or raw counts"
-        )
+        wants = "m/s²: these look like mm/s² or raw counts"
+        refuse(name, f"accelerations up to {push:g}", wants, InputError)
     if turn > 50:
-        raise InputError(
-            f"{name}: turning rates up to {turn:g}; expected rad/s: these look like degrees per second"
-        )
+        wants = "rad/s: these look like degrees per second"
+        refuse(name, f"turning rates up to {turn:g}", wants, InputError)
     return motion
 
 # %% ../../nbs/inputs/07_imu.ipynb #0c29457c
-def _middle(motion, times, config):
-    "[B, 6, imu_samples] of readings [B, 6, T] at `times`, linear between them."
+def _middle(motion: Tensor, times: np.ndarray, config: InputConfig) -> Tensor:
+    "[B, 6, imu_samples] of readings [B, 6, T] at `times` [T], linear between them."
     span = times[-1] - times[0]
-    spare = max(
-        span * len(times) / max(len(times) - 1, 1) - config.imu_seconds, 0
-    )  # the last reading lasts one step
-    moments = (
-        times[0]
-        + spare / 2
-        + np.arange(config.imu_samples) * config.imu_seconds / config.imu_samples
-    )
+    lasts = span * len(times) / max(len(times) - 1, 1)  # the last reading lasts one step
+    spare = max(lasts - config.imu_seconds, 0)
+    step = np.arange(config.imu_samples) * config.imu_seconds / config.imu_samples
+    moments = times[0] + spare / 2 + step
     right = np.searchsorted(times, moments).clip(min(1, len(times) - 1), len(times) - 1)
     left = np.maximum(right - 1, 0)
     gap = np.maximum(times[right] - times[left], 1e-9)
@@ -110,22 +102,27 @@ def _middle(motion, times, config):
 
 # %% ../../nbs/inputs/07_imu.ipynb #efbf71f7
 @each_of_a_list
-def load_imu(source, config=InputConfig()):
+def load_imu(source: Source, config: InputConfig = PUBLISHED) -> Tensor:
     """Accelerations (m/s²) and turning rates (rad/s) as float32 [B, 6, imu_samples].
 
     Args:
-        source: a path, an open file or bytes of CSV or npy; an array [6, T] or [B, 6, T] at imu_samples / imu_seconds
-            readings per second; (array or file without t, readings per second); or a list of these.
+        source: a path, an open file or bytes of CSV or npy; an array [6, T] or [B, 6, T] at
+            imu_samples / imu_seconds readings per second; (array or file without t, readings per
+            second); or a list of these.
+        config: its `imu_samples` and `imu_seconds`.
     Raises:
-        ValueError: other columns or shape, times that do not increase, not finite, or values no body survives.
+        ValueError: other columns or shape, times that do not increase, not finite, or values no
+            body survives.
         TypeError: a file with a column t, and a rate.
+        FileNotFoundError: no such file.
     """
     recording, rate = with_rate(source, config.imu_samples / config.imu_seconds)
     name, array, times = "IMU array", as_array(recording), None
     if array is None:
         name, array, times = _read_imu(recording)
     if times is not None and recording is not source:
-        raise TypeError(f"{name}: its column t says when; give it without a rate")
+        wants = "the file without a rate, as its column t says when"
+        refuse(name, "a rate beside the file", wants, TypeError)
     check_rate(name, rate, 0.001, 1_000_000)
     motion = _motion(name, array)
     if times is None:

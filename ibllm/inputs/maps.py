@@ -8,19 +8,25 @@ __all__ = ['load_depth', 'load_thermal']
 # %% ../../nbs/inputs/06_maps.ipynb #c1b57cb8
 import io
 from contextlib import redirect_stdout
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import InputConfig
+from ..files import refuse, shown
 from .image import decode_picture, open_picture, scaled_size, to_rgb
 from ibllm.inputs.sources import (
     MAX_PIXELS,
+    PUBLISHED,
     InputError,
+    Source,
     as_array,
     check_sides,
+    described,
     each_of_a_list,
     in_slices,
     read_bytes,
@@ -30,34 +36,34 @@ from ibllm.inputs.sources import (
 )
 
 # %% ../../nbs/inputs/06_maps.ipynb #618e7b42
-def _check_exr(name, parts):
+def _check_exr(name: str, parts: list[Any]) -> None:
     "Refuse OpenEXR parts that claim too large a window, or too large tiles."
     channels = sum(len(part.header["channels"]) for part in parts)  # all are read
-    for header in (part.header for part in parts):
-        (left, top), (right, bottom) = (corner.tolist() for corner in header["dataWindow"])
+    for part in parts:
+        (left, top), (right, bottom) = (corner.tolist() for corner in part.header["dataWindow"])
         check_sides(name, bottom - top + 1, right - left + 1, MAX_PIXELS // channels)
-        if "tiles" in header:
-            check_sides(name, header["tiles"].ySize, header["tiles"].xSize, MAX_PIXELS)
+        if "tiles" in part.header:
+            tile = part.header["tiles"]
+            check_sides(name, tile.ySize, tile.xSize, MAX_PIXELS)
 
 
-def _read_exr(name, data):
+def _read_exr(name: str, data: bytes) -> np.ndarray:
     "[H, W] of an OpenEXR file: its only channel, or the one called Z."
     try:
         import OpenEXR
     except ImportError:
-        raise ValueError(
-            "OpenEXR is missing: pip install OpenEXR, or save as npy or TIFF"
-        ) from None
+        wants = "npy or TIFF, or the package that reads it: pip install OpenEXR"
+        refuse(name, "OpenEXR", wants, InputError)
     _check_exr(name, OpenEXR.File(io.BytesIO(data), header_only=True).parts)
     with redirect_stdout(io.StringIO()):  # where it reports damage, and then leaves the part out
         channels = OpenEXR.File(io.BytesIO(data), separate_channels=True).channels()
     found = [channel for channel in channels if len(channels) == 1 or channel.split(".")[-1] == "Z"]
     if len(found) != 1:
-        raise ValueError(f"channels {', '.join(channels)}; name one of them Z")
+        refuse(name, f"channels {shown(', '.join(channels))}", "one of them called Z", InputError)
     return channels[found[0]].pixels
 
 # %% ../../nbs/inputs/06_maps.ipynb #6638aaec
-def _read_map_file(source, wanted):
+def _read_map_file(source: Source, wanted: str) -> tuple[str, np.ndarray]:
     "(name, array) of a picture or an npy file; colours are turned into grey."
     name, image = "PIL image", source
     if not isinstance(source, Image.Image):
@@ -66,125 +72,127 @@ def _read_map_file(source, wanted):
             if data.startswith(b"\x76\x2f\x31\x01"):
                 return name, _read_exr(name, data)
             if data.startswith(b"\x93NUMPY"):
-                return name, read_npy(data)
+                return name, read_npy(name, data)
         image = open_picture(name, data, wanted)
     image = decode_picture(name, image, wanted, MAX_PIXELS)
     one_channel = image.mode in ("L", "I", "F") or image.mode.startswith("I;16")
     with reading(name, wanted):
-        return name, np.array(image if one_channel else to_rgb(image).convert("L"))
+        return name, np.array(image if one_channel else to_rgb(name, image).convert("L"))
 
 
-def _read_map(source, modality):
+def _read_map(source: Source, modality: str) -> tuple[str, np.ndarray]:
     "(name, [B, H, W]) of an array or a file."
     name, array = f"{modality} array", as_array(source)
     if array is None:
         name, array = _read_map_file(source, f"a {modality} map")
     if array.ndim not in (2, 3) or array.dtype.kind not in "fiu" or 0 in array.shape:
-        raise InputError(
-            f"{name}: {array.dtype} of shape {array.shape}; expected [H, W] or [B, H, W]"
-        )
-    check_sides(name, *array.shape[-2:], MAX_PIXELS)
+        refuse(name, described(array), "[H, W] or [B, H, W]", InputError)
+    height, width = array.shape[-2:]
+    check_sides(name, height, width, MAX_PIXELS)
     return name, array if array.ndim == 3 else array[None]
 
 # %% ../../nbs/inputs/06_maps.ipynb #363ade64
-def _fit_map(x, size):
-    "[B, 1, size, size] of [B, H, W]: short side by antialiased bilinear resampling, then the centre."
-    x = x.unsqueeze(1)
-    if x.shape[-2:] != (size, size):
-        x = F.interpolate(x, scaled_size(*x.shape[-2:], size), mode="bilinear", antialias=True)
+def _fit_map(x: Tensor, size: int) -> Tensor:
+    """[B, 1, size, size] of [B, H, W].
+
+    The short side by antialiased bilinear resampling, then the centre."""
+    x = x.unsqueeze(1)  # [B, 1, H, W]
+    height, width = x.shape[-2:]
+    if (height, width) != (size, size):
+        shape = scaled_size(height, width, size)
+        x = F.interpolate(x, shape, mode="bilinear", antialias=True)
     top, left = (round((side - size) / 2) for side in x.shape[-2:])
     return x[..., top : top + size, left : left + size]
 
 # %% ../../nbs/inputs/06_maps.ipynb #c7fb70a7
-def _metres(name, array, config):
-    "(float32 depth in metres, which pixels have a reading)."
+def _metres(name: str, array: np.ndarray, config: InputConfig) -> tuple[Tensor, Tensor]:
+    "(float32 depth in metres, which pixels have a reading), both of the shape of `array`."
     if array.dtype.itemsize == 1:
-        raise InputError(f"{name}: 8-bit values; expected metres as floats, or a 16-bit map")
-    depth = torch.from_numpy(to_float32(array)) * (
-        1 if array.dtype.kind == "f" else config.depth_unit
-    )
+        refuse(name, "8-bit values", "metres as floats, or a 16-bit map", InputError)
+    unit = 1 if array.dtype.kind == "f" else config.depth_unit
+    depth = torch.from_numpy(to_float32(array)) * unit
     seen = depth.isfinite() & (depth != 0)
     readings = depth[seen]
     if not len(readings):
-        raise InputError(f"{name}: no pixel has a reading; expected metres")
+        refuse(name, "a map with no pixel that has a reading", "metres", InputError)
     if readings.min() < 0:
-        raise InputError(f"{name}: depth down to {readings.min():g}; expected metres, above 0")
+        refuse(name, f"depth down to {readings.min():g}", "metres, above 0", InputError)
     middle = readings[:: len(readings) // 10_000 + 1].median()
+    got = f"a median depth of {middle:g}"
     if middle > 100:
-        raise InputError(
-            f"{name}: median depth {middle:g}; expected metres: these look like millimetres"
-        )
+        refuse(name, got, "metres: these look like millimetres", InputError)
     if middle < 0.01:
-        raise InputError(
-            f"{name}: median depth {middle:g}; expected metres: is depth_unit too small?"
-        )
+        refuse(name, got, "metres: is depth_unit too small?", InputError)
     return depth, seen
 
 # %% ../../nbs/inputs/06_maps.ipynb #b71107ca
 @each_of_a_list
-def load_depth(source, config=InputConfig()):
+def load_depth(source: Source, config: InputConfig = PUBLISHED) -> Tensor:
     """Depth maps as normalised disparity, float32 [B, 1, image_size, image_size].
 
     Args:
-        source: metres. A path, an open file, bytes or a PIL image of a 16-bit PNG or TIFF (`depth_unit` metres per
-            unit), a float TIFF, OpenEXR or npy; an array [H, W] or [B, H, W], floats in metres or integers in
-            `depth_unit`; or a list of these.
+        source: metres. A path, an open file, bytes or a PIL image of a 16-bit PNG or TIFF
+            (`depth_unit` metres per unit), a float TIFF, OpenEXR or npy; an array [H, W] or
+            [B, H, W], floats in metres or integers in `depth_unit`; or a list of these.
+        config: its `image_size` and all that is called `depth_…`.
     Raises:
-        ValueError: not a depth map, damaged, 8-bit, negative, millimetres where metres are expected; OpenEXR missing.
+        ValueError: not a depth map, damaged, 8-bit, negative, millimetres where metres are
+            expected; OpenEXR missing.
+        FileNotFoundError: no such file.
     """
     name, array = _read_map(source, "depth")
 
-    def convert(part):
+    def convert(part: np.ndarray) -> Tensor:
         depth, seen = _metres(name, part, config)
-        disparity = (
-            config.depth_baseline
-            * config.depth_focal
-            / (depth * config.depth_scale).clamp(*config.depth_range)
-        )
+        far = (depth * config.depth_scale).clamp(*config.depth_range)
+        disparity = config.depth_baseline * config.depth_focal / far
         share = torch.where(seen, disparity / config.depth_max_disparity, 0).clamp(max=1)
         return (_fit_map(share, config.image_size) - config.depth_mean) / config.depth_std
 
     return in_slices(convert, array)
 
 # %% ../../nbs/inputs/06_maps.ipynb #f05adfb4
-def _celsius(name, array):
+def _celsius(name: str, array: np.ndarray) -> Tensor:
     "float32 degrees Celsius of floats, or of integers in hundredths of a kelvin."
+    floats = array.dtype.kind == "f"
     x = torch.from_numpy(to_float32(array))
-    if array.dtype.kind != "f":
+    if not floats:
         x = x / 100 - 273.15
     if not x.isfinite().all():
-        raise InputError(f"{name}: holds NaN or infinite temperatures; expected degrees Celsius")
+        refuse(name, "NaN or infinite temperatures", "degrees Celsius", InputError)
     low, high = x.min().item(), x.max().item()
-    if array.dtype.kind != "f" and not -150 < low <= high < 370:
-        wanted = "hundredths of a kelvin, such as 29315 for 20 °C"
-        raise InputError(f"{name}: values from {array.min()} to {array.max()}; expected {wanted}")
+    if not floats and not -150 < low <= high < 370:
+        got = f"values from {array.min()} to {array.max()}"
+        refuse(name, got, "hundredths of a kelvin, such as 29315 for 20 °C", InputError)
     if low > 200:
-        raise InputError(
-            f"{name}: temperatures from {low:g}; expected degrees Celsius: these look like kelvin"
-        )
+        got, wants = f"temperatures from {low:g}", "degrees Celsius: these look like kelvin"
+        refuse(name, got, wants, InputError)
     if low < -273.15:
-        raise InputError(f"{name}: temperatures from {low:g}; expected degrees Celsius")
+        refuse(name, f"temperatures from {low:g}", "degrees Celsius", InputError)
     if 0 <= low < high <= 1:
-        hint = "these look scaled, give uint8 for relative heat"
-        raise InputError(f"{name}: values in [0, 1]; expected degrees Celsius: {hint}")
+        wants = "degrees Celsius: these look scaled, and relative heat is uint8"
+        refuse(name, "values in [0, 1]", wants, InputError)
     return x
 
 # %% ../../nbs/inputs/06_maps.ipynb #e870ea83
 @each_of_a_list
-def load_thermal(source, config=InputConfig()):
+def load_thermal(source: Source, config: InputConfig = PUBLISHED) -> Tensor:
     """Thermal maps as float32 [B, 1, image_size, image_size].
 
     Args:
-        source: a path, an open file, bytes or a PIL image, 16-bit (hundredths of a kelvin) or 8-bit (relative), a
-            float TIFF, OpenEXR or npy; an array [H, W] or [B, H, W], floats in degrees Celsius, integers as in files;
-            or a list of these.
+        source: a path, an open file, bytes or a PIL image, 16-bit (hundredths of a kelvin) or 8-bit
+            (relative), a float TIFF, OpenEXR or npy; an array [H, W] or [B, H, W], floats in
+            degrees Celsius, integers as in files; or a list of these.
+        config: its `image_size` and all that is called `thermal_…`.
     Raises:
-        ValueError: not a thermal map, damaged, or kelvin where degrees Celsius are expected; OpenEXR missing.
+        ValueError: not a thermal map, damaged, or kelvin where degrees Celsius are expected;
+            OpenEXR missing.
+        FileNotFoundError: no such file.
     """
     name, array = _read_map(source, "thermal")
     low, high = config.thermal_range
 
-    def convert(part):
+    def convert(part: np.ndarray) -> Tensor:
         if part.dtype == np.uint8:
             x = torch.from_numpy(part / np.float32(255))
         else:

@@ -10,199 +10,223 @@ import io
 import os
 import re
 import zipfile
+from typing import Any
 
 import numpy as np
 import torch
 import trimesh
+from torch import Tensor
 
 from ..config import InputConfig
+from ..files import refuse, shown
 from ibllm.inputs.sources import (
     MAX_BYTES,
+    PUBLISHED,
     InputError,
+    Source,
     as_array,
     check_text_size,
     check_zip,
+    described,
     each_of_a_list,
     read_bytes,
     read_npy,
     reading,
     to_float32,
+    to_numpy,
 )
 
 # %% ../../nbs/inputs/05_point.ipynb #e4f66447
-def _columns(array):
+def _columns(name: str, array: np.ndarray) -> np.ndarray:
     "float32 [N, 3]: the first three columns of an array of numbers."
     if array.ndim != 2 or array.shape[1] < 3 or array.dtype.kind not in "fiu" or not len(array):
-        raise ValueError(f"{array.dtype} of shape {array.shape}, not [N, 3]")
+        refuse(name, described(array), "points [N, 3]", InputError)
     return to_float32(array[:, :3])
 
 
-def _read_columns(data):
+def _read_columns(name: str, data: bytes) -> np.ndarray:
     "The numbers of text lines; a first line with one number is their count."
-    check_text_size(data)
+    check_text_size(name, data)
     lines = [line for line in data.decode("ascii").replace(",", " ").splitlines() if line.strip()]
     count = int(lines.pop(0)) if lines and len(lines[0].split()) == 1 else len(lines)
     if not lines or len(lines) < count:
-        raise ValueError(f"{len(lines)} lines of numbers, {count} expected")
+        refuse(name, f"{len(lines)} lines of numbers", shown(max(count, 1)), InputError)
     return np.loadtxt(lines, ndmin=2)
 
 # %% ../../nbs/inputs/05_point.ipynb #be2977be
-def _read_mesh(data, kind, config):
-    "The vertices of a cloud, or points on the surface of a mesh."
+def _check_ply(name: str, data: bytes, vertices: int, faces: int) -> None:
+    "Refuse a ply file that claims more vertices or faces than were found in it."
+    header = data.split(b"end_header")[0]
+    claims = {kind: int(count) for kind, count in re.findall(rb"element +(\w+) +(\d+)", header)}
+    if vertices < claims.get(b"vertex", 0) or faces < claims.get(b"face", 0):
+        refuse(name, "a ply file that is cut off", "a whole one", InputError)
+
+
+def _read_mesh(name: str, data: bytes, kind: str, config: InputConfig) -> np.ndarray:
+    "The vertices [N, 3] of a cloud, or points on the surface of a mesh."
     if kind in ("obj", "off") or b"format ascii" in data[:100]:
-        check_text_size(data)
-    shape = trimesh.load(
-        io.BytesIO(data), file_type=kind, process=False, maintain_order=True, skip_materials=True
-    )
+        check_text_size(name, data)
+    as_it_is: dict[str, Any] = {"process": False, "maintain_order": True, "skip_materials": True}
+    shape: Any = trimesh.load(io.BytesIO(data), file_type=kind, **as_it_is)
     if isinstance(shape, trimesh.Scene):
         shape = shape.to_mesh()
     vertices, faces = np.asarray(shape.vertices), getattr(shape, "faces", None)
-    faces = np.zeros((0, 3)) if faces is None else faces
+    count = 0 if faces is None else len(faces)
     if kind == "ply":
-        header = data.split(b"end_header")[0]
-        claims = {name: int(count) for name, count in re.findall(rb"element +(\w+) +(\d+)", header)}
-        if len(vertices) < claims.get(b"vertex", 0) or len(faces) < claims.get(b"face", 0):
-            raise ValueError("it is cut off")
-    if not config.mesh_surface or not len(faces):
+        _check_ply(name, data, len(vertices), count)
+    if not config.mesh_surface or not count:
         return vertices
     if not shape.area > 0:
-        raise ValueError("a mesh without surface")
+        refuse(name, "a mesh without surface", "one with an area above 0", InputError)
     return trimesh.sample.sample_surface(shape, config.points, seed=config.point_seed)[0]
 
 # %% ../../nbs/inputs/05_point.ipynb #e51dff06
-def _read_pcd(data):
-    "[N, 3] of a PCD file."
+def _pcd_header(data: bytes) -> tuple[dict[str, list[str]], int]:
+    "({key: values} of a PCD file, where its data start)."
     header, start = {}, 0
     while "DATA" not in header:
         stop = data.index(b"\n", start)
         key, *values = data[start:stop].decode("ascii").split() or ["#"]
         header[key], start = values, stop + 1
-    names, points, form = header["FIELDS"], int(header["POINTS"][0]), header["DATA"][0]
-    columns = [names.index(axis) for axis in "xyz"]
+    return header, start
+
+
+def _pcd_columns(header: dict[str, list[str]]) -> list[tuple[str, str, tuple[int]]]:
+    "The columns of a binary PCD file as fields of a NumPy type, called 0, 1, 2, …"
+    counts = header.get("COUNT", "1" * len(header["FIELDS"]))
+    columns = []
+    for kind, size, count in zip(header["TYPE"], header["SIZE"], counts):
+        columns.append((str(len(columns)), f"<{kind.lower()}{size}", (int(count),)))
+    return columns
+
+
+def _read_pcd(name: str, data: bytes) -> np.ndarray:
+    "[N, 3] of a PCD file."
+    header, start = _pcd_header(data)
+    points, form = int(header["POINTS"][0]), header["DATA"][0]
+    axes = [header["FIELDS"].index(axis) for axis in "xyz"]
     if form == "ascii":
-        rows = _read_columns(data[start:])[:, columns]
+        rows = _read_columns(name, data[start:])[:, axes]
     elif form == "binary":
-        sizes = zip(header["TYPE"], header["SIZE"], header.get("COUNT", "1" * len(names)))
-        kinds = [
-            (str(i), f"<{kind.lower()}{size}", (int(count),))
-            for i, (kind, size, count) in enumerate(sizes)
-        ]
-        table = np.frombuffer(data, kinds, points, start)
-        rows = np.concatenate([table[str(i)][:, :1] for i in columns], 1)
+        table = np.frombuffer(data, _pcd_columns(header), points, start)
+        rows = np.concatenate([table[str(i)][:, :1] for i in axes], 1)
     else:
-        raise ValueError(f"DATA {form}; save it as binary")
+        refuse(name, f"DATA {shown(form)}", "'binary' or 'ascii': save it as binary", InputError)
     if len(rows) != points:
-        raise ValueError(f"{len(rows)} of {points} points")
+        refuse(name, f"{len(rows)} of {shown(points)} points", "a whole file", InputError)
     return rows
 
 # %% ../../nbs/inputs/05_point.ipynb #c7d1c339
-def _read_npz(data):
-    check_zip(data)
+def _read_npz(name: str, data: bytes) -> np.ndarray:
+    "The only array of an npz file, or the one called points."
+    check_zip(name, data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = archive.namelist()
         if len(names) != 1 and "points.npy" not in names:
-            raise ValueError(f"holds {', '.join(names)[:80]}; name one points")
-        return read_npy(archive.read("points.npy" if "points.npy" in names else names[0]))
+            got = f"arrays called {shown(', '.join(names))}"
+            refuse(name, got, "a single one, or one called points", InputError)
+        return read_npy(name, archive.read("points.npy" if "points.npy" in names else names[0]))
 
 
-def _read_pt(data):
+def _read_pt(name: str, data: bytes) -> np.ndarray:
+    "The tensor that PyTorch saved."
     if data[:2] == b"PK":
-        check_zip(data)
+        check_zip(name, data)
     tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"holds a {type(tensor).__name__}, not a tensor")
+    if not isinstance(tensor, Tensor):
+        got = f"a file that holds a {type(tensor).__name__}"
+        refuse(name, got, "one with a single tensor", InputError)
     if tensor.numel() * 8 > MAX_BYTES:
-        raise ValueError(f"claims shape {tuple(tensor.shape)}")
-    return as_array(tensor)
+        got = f"a tensor that claims shape {shown(tuple(tensor.shape))}"
+        refuse(name, got, f"one of {MAX_BYTES >> 20} MB at most", InputError)
+    return to_numpy(tensor)
 
 # %% ../../nbs/inputs/05_point.ipynb #9b6909b4
-POINT_READERS = dict(
-    npy=read_npy, npz=_read_npz, pt=_read_pt, pcd=_read_pcd, xyz=_read_columns, pts=_read_columns
-)
-
-
+POINT_READERS = {
+    "npy": read_npy,
+    "npz": _read_npz,
+    "pt": _read_pt,
+    "pcd": _read_pcd,
+    "xyz": _read_columns,
+    "pts": _read_columns,
+}
 MESHES = ("ply", "obj", "off", "stl")
+FIRST_BYTES = {
+    b"\x93NUMPY": "npy",
+    b"ply": "ply",
+    b"OFF": "off",
+    b"COFF": "off",
+    b"# .PCD": "pcd",
+    b"VERSION": "pcd",
+}
 
 
-def _point_format(name, data):
+def _point_format(name: str, data: bytes) -> str:
     "The format by its first bytes, else by the end of its name; text without a name is xyz."
-    if data.startswith(b"\x93NUMPY"):
-        return "npy"
     if data.startswith(b"PK"):
         return "npz" if b".npy" in data[:200] else "pt"
-    for magic, kind in (
-        (b"ply", "ply"),
-        (b"OFF", "off"),
-        (b"COFF", "off"),
-        (b"# .PCD", "pcd"),
-        (b"VERSION", "pcd"),
-    ):
+    for magic, kind in FIRST_BYTES.items():
         if data.startswith(magic):
             return kind
     return os.path.splitext(name)[1].lower().lstrip(".") or "xyz"
 
 
-def _read_points(source, config):
+def _read_points(source: Source, config: InputConfig) -> tuple[str, np.ndarray]:
     "(name, float32 [N, 3]) of a file."
     name, data = read_bytes(source, "a point cloud or mesh")
     kind = _point_format(name, data)
     if kind not in POINT_READERS and kind not in MESHES:
-        raise InputError(
-            f"{name}: format {kind[:20]!r}; expected one of {', '.join((*POINT_READERS, *MESHES))}"
-        )
+        known = ", ".join((*POINT_READERS, *MESHES))
+        refuse(name, f"format {kind[:20]!r}", f"one of {known}", InputError)
     with reading(name, f"points in {kind} format"):
-        array = (
-            POINT_READERS[kind](data) if kind in POINT_READERS else _read_mesh(data, kind, config)
-        )
-        return name, _columns(array)
+        if kind in MESHES:
+            array = _read_mesh(name, data, kind, config)
+        else:
+            array = POINT_READERS[kind](name, data)
+        return name, _columns(name, array)
 
 # %% ../../nbs/inputs/05_point.ipynb #3634e6a7
-def _choose(count, config):
-    "Which of `count` points to take, `config.points` of them."
+def _choose(count: int, config: InputConfig) -> Tensor:
+    "Which of `count` points to take: `config.points` indices."
     generator = torch.Generator().manual_seed(config.point_seed)
     if count >= config.points:
         return torch.randperm(count, generator=generator)[: config.points].sort().values
-    return torch.cat(
-        [torch.arange(count), torch.randint(count, (config.points - count,), generator=generator)]
-    )
+    again = torch.randint(count, (config.points - count,), generator=generator)
+    return torch.cat([torch.arange(count), again])
 
 
-def _unit_ball(name, x):
+def _unit_ball(name: str, x: Tensor) -> Tensor:
     "Clouds [B, N, 3] centred on their means, largest radius 1."
     x = x - x.mean(1, keepdim=True)
-    radius = x.norm(dim=-1).amax(1)[:, None, None]
+    radius = x.norm(dim=-1).amax(1)[:, None, None]  # [B, 1, 1]
     if not (radius > 0).all():
-        raise InputError(f"{name}: all points are in one place; expected a shape")
+        refuse(name, "points that are all in one place", "a shape", InputError)
     return x / radius
 
 # %% ../../nbs/inputs/05_point.ipynb #5f70d123
 @each_of_a_list
-def load_point(source, config=InputConfig()):
+def load_point(source: Source, config: InputConfig = PUBLISHED) -> Tensor:
     """Point clouds as float32 [B, points, 3], in any unit of length.
 
     Args:
-        source: a path, an open file or bytes of ply, obj, off, stl, pcd, xyz, pts, npy, npz or pt; an array [N, 3] or
-            [B, N, 3]; or a list of these.
+        source: a path, an open file or bytes of ply, obj, off, stl, pcd, xyz, pts, npy, npz or pt;
+            an array [N, 3] or [B, N, 3]; or a list of these.
+        config: its `points`, `point_normalize`, `mesh_surface` and `point_seed`.
     Raises:
-        ValueError: not such a file, damaged, of another shape, not finite, or all points in one place.
+        ValueError: not such a file, damaged, of another shape, not finite, or all points in one
+            place.
+        FileNotFoundError: no such file.
     """
     name, cloud = "point array", as_array(source)
     if cloud is None:
         name, cloud = _read_points(source, config)
-    if (
-        cloud.ndim not in (2, 3)
-        or cloud.shape[-1] != 3
-        or 0 in cloud.shape
-        or cloud.dtype.kind not in "fiu"
-    ):
-        raise InputError(
-            f"{name}: {cloud.dtype} of shape {cloud.shape}; expected [N, 3] or [B, N, 3]"
-        )
+    right_shape = cloud.ndim in (2, 3) and cloud.shape[-1] == 3 and 0 not in cloud.shape
+    if not right_shape or cloud.dtype.kind not in "fiu":
+        refuse(name, described(cloud), "[N, 3] or [B, N, 3]", InputError)
     x = torch.from_numpy(to_float32(cloud[None] if cloud.ndim == 2 else cloud))
     if not x.abs().max() < 1e15:  # their squares must fit into float32
-        raise InputError(
-            f"{name}: holds NaN, infinite or huge coordinates; expected numbers below 1e15"
-        )
+        got = "NaN, infinite or huge coordinates"
+        refuse(name, got, "numbers below 1e15", InputError)
     if x.shape[1] != config.points:
         x = x[:, _choose(x.shape[1], config)]
     return _unit_ball(name, x) if config.point_normalize else x

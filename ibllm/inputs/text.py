@@ -7,57 +7,86 @@ __all__ = ['load_text']
 
 # %% ../../nbs/inputs/03_text.ipynb #a6fc8b3d
 import html
+import re
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..config import InputConfig
-from .sources import InputError, read_bytes, reading
+from ..files import refuse, shown
+from .sources import PUBLISHED, InputError, Source, read_bytes, reading
+
+if TYPE_CHECKING:  # a tokenizer is always handed in
+    from transformers import PreTrainedTokenizerBase
+
+# %% ../../nbs/inputs/03_text.ipynb #11df9691
+def _looks_like_a_file(text: str) -> bool:
+    "Whether `text` is one word with a letter in it, and has a path separator or a file's ending."
+    if len(text.split()) != 1 or text != text.strip() or not re.search(r"[^\W\d_]", text):
+        return False
+    return bool(re.search(r"[/\\]|[^.]\.[A-Za-z0-9]{1,5}$", text))
 
 # %% ../../nbs/inputs/03_text.ipynb #d231532f
 MAX_CHARACTERS = 1_000_000  # of one text, or bytes of its file
 
 
-def _read_text(source):
+def _clean(text: str) -> str:
+    "HTML entities undone twice, white space collapsed (released code)."
+    return " ".join(html.unescape(html.unescape(text)).split())
+
+
+def _read_text(source: Source) -> str:
     "The text of a str, or the UTF-8 contents of a file."
     name, data = ("text", source) if isinstance(source, str) else read_bytes(source, "a text")
     if len(data) > MAX_CHARACTERS:
-        raise InputError(f"{name}: {len(data)} characters; expected {MAX_CHARACTERS} at most")
+        refuse(name, f"{len(data)} characters", f"{MAX_CHARACTERS} at most", InputError)
+    if isinstance(data, str) and _looks_like_a_file(data):
+        got = f"{shown(data)}, which looks like the name of a file"
+        refuse(name, got, "a sentence, or a pathlib.Path of a text file", InputError)
     with reading(name, "UTF-8 text"):
         text = _clean(data if isinstance(data, str) else data.decode("utf-8-sig"))
         text.encode()  # fails where half a character was typed
         return text
 
-
-def _clean(text):
-    "HTML entities undone twice, white space collapsed (released code)."
-    return " ".join(html.unescape(html.unescape(text)).split())
-
 # %% ../../nbs/inputs/03_text.ipynb #e8b9c4dc
-def _check_tokenizer(tokenizer):
-    "Start and end ids of a tokenizer whose end token the encoder can find."
-    if tokenizer is None:
-        raise ValueError("tokenizer: got None; text needs Processor(config, tokenizer)")
+def _start_and_end(tokenizer: "PreTrainedTokenizerBase") -> tuple[Any, Any]:
+    "The ids of a tokenizer's start and end token, if the encoder can find the end token."
     start, end, top = tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer) - 1
     if start is None or end is None:
-        raise ValueError("tokenizer: has no start or no end token; set bos_token and eos_token")
+        got = "one without a start or an end token"
+        refuse("tokenizer", got, "one whose bos_token and eos_token are set")
     if end != top:
-        raise ValueError(f"tokenizer: end token has id {end}; expected the largest, {top}")
+        refuse("tokenizer", f"an end token with id {end}", f"the largest id, {top}")
     return start, end
 
 # %% ../../nbs/inputs/03_text.ipynb #471293f4
-def load_text(source, config=InputConfig(), tokenizer=None):
+def load_text(
+    source: Source,
+    config: InputConfig = PUBLISHED,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> Tensor:
     """Texts as int64 ids [B, text_length]: start, words, end, then 0.
 
     Args:
-        source: a `str`, which is the text; a `pathlib.Path`, an open file or bytes of UTF-8; or a list of these.
-        tokenizer: a Hugging Face tokenizer with a start token, and an end token that has the largest id.
+        source: a `str`, which is the text; a `pathlib.Path`, an open file or bytes of UTF-8; or a
+            list of these.
+        config: its `text_length` and `released_text`.
+        tokenizer: a Hugging Face tokenizer with a start token, and an end token that has the
+            largest id.
     Raises:
-        ValueError: no such tokenizer, an empty list, or a file that is not UTF-8.
+        ValueError: no such tokenizer, an empty list, a file that is not UTF-8, or a `str` that
+            looks like the path of a file and names none.
+        TypeError: a source that is no text.
+        FileNotFoundError: no file at that `pathlib.Path`.
     """
-    start, end = _check_tokenizer(tokenizer)
-    if isinstance(source, list) and not source:
-        raise ValueError("load_text: got an empty list; give at least one source")
-    texts = [_read_text(text) for text in (source if isinstance(source, list) else [source])]
+    if tokenizer is None:
+        refuse("tokenizer", "None", "the text encoder's, as in Processor(config, tokenizer)")
+    start, end = _start_and_end(tokenizer)
+    sources = source if isinstance(source, list) else [source]
+    if not sources:
+        refuse("text", "an empty list", "at least one source")
+    texts = [_read_text(one) for one in sources]
     if config.released_text:
         texts = [text.lower() for text in texts]
     words = tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -7,23 +7,34 @@ __all__ = ['clip_frames', 'load_video']
 
 # %% ../../nbs/inputs/02_video.ipynb #18926d07
 import math
+from collections.abc import Iterator
+from fractions import Fraction
 from itertools import chain
+from typing import Any
 
 import av
 import numpy as np
 import torch
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.stream import VideoStream
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import InputConfig
+from ..files import refuse
 from .image import normalize_rgb
 from ibllm.inputs.sources import (
     MAX_PIXELS,
+    PUBLISHED,
     SAFE_OPTIONS,
     Contents,
     InputError,
+    Source,
     as_array,
     check_rate,
     check_sides,
+    described,
     each_of_a_list,
     in_slices,
     opened,
@@ -32,14 +43,15 @@ from ibllm.inputs.sources import (
 )
 
 # %% ../../nbs/inputs/02_video.ipynb #8fdf714f
-def clip_frames(times, duration, config=InputConfig()):
+def clip_frames(times: np.ndarray, duration: float, config: InputConfig = PUBLISHED) -> np.ndarray:
     """Which frames the encoder sees: indices [clips, video_frames] into `times`.
 
-    `times` are the sorted starts of the frames in seconds. The last clip ends at `duration`. A clip holds the frames
-    with start <= time < end; `video_frames` are taken evenly from its first to its last (released code). A clip that
-    holds none takes the frame that is on screen (ours).
-    """
-    spare, gaps = max(duration - config.video_clip_seconds, 0), max(config.video_clips - 1, 1)
+    `times` [N] are the sorted starts of the frames in seconds. The last clip ends at `duration`, in
+    seconds. A clip holds the frames with start <= time < end; `video_frames` are taken evenly from
+    its first to its last (released code). A clip that holds none takes the frame that is on screen
+    (ours)."""
+    spare = max(duration - config.video_clip_seconds, 0)
+    gaps = max(config.video_clips - 1, 1)
     starts = np.arange(config.video_clips) * spare / gaps - 1e-3  # many files round times to 1 ms
     last = np.maximum(np.searchsorted(times, starts + config.video_clip_seconds) - 1, 0)
     first = np.minimum(np.searchsorted(times, starts), last)
@@ -47,72 +59,87 @@ def clip_frames(times, duration, config=InputConfig()):
     return (first[:, None] + np.floor(share * (last - first)[:, None] + 1e-9)).astype(int)
 
 # %% ../../nbs/inputs/02_video.ipynb #aa44f553
-def _fit_frames(pixels, size):
+def _fit_frames(pixels: np.ndarray, size: int) -> Tensor:
     "float32 [N, 3, h, w] in [0, 1] of uint8 [N, H, W, 3], the short side at `size`."
     height, width = pixels.shape[1:3]
     long = math.floor(max(height, width) / min(height, width) * size)
     shape = (size, long) if height <= width else (long, size)
 
-    def fit(part):
-        x = torch.from_numpy(np.ascontiguousarray(part)).movedim(-1, 1)
+    def fit(part: np.ndarray) -> Tensor:
+        x = torch.from_numpy(np.ascontiguousarray(part)).movedim(-1, 1)  # [N, 3, H, W]
         x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        return (
-            x
-            if x.shape[2:] == shape
-            else F.interpolate(x, shape, mode="bilinear", align_corners=False)
-        )
+        if x.shape[2:] == shape:
+            return x
+        return F.interpolate(x, shape, mode="bilinear", align_corners=False)
 
     return in_slices(fit, pixels)
 
 
-def _video_tensor(x, config):
-    "Normalised float32 [B, clips * crops, 3, frames, size, size] of fitted frames [B * clips * frames, 3, h, w]."
+def _video_tensor(x: Tensor, config: InputConfig) -> Tensor:
+    """Normalised float32 [B, clips * crops, 3, frames, size, size].
+
+    `x` are fitted frames [B * clips * frames, 3, h, w]."""
     (height, width), size = x.shape[2:], config.image_size
-    x = (
-        normalize_rgb(x, config)
-        .unflatten(0, (-1, config.video_clips, config.video_frames))
-        .transpose(2, 3)
-    )
+    x = normalize_rgb(x, config)
+    x = x.unflatten(0, (-1, config.video_clips, config.video_frames))  # [B, clips, frames, 3, h, w]
+    x = x.transpose(2, 3)  # [B, clips, 3, frames, h, w]
     long = max(height, width)
     centre = math.ceil((long - size) / 2)
     starts = [0, centre, long - size] if config.video_crops == 3 else [centre]
     along = -1 if height <= width else -2
-    return torch.stack([x.narrow(along, start, size) for start in starts], 2).flatten(1, 2)
+    crops = [x.narrow(along, start, size) for start in starts]
+    return torch.stack(crops, 2).flatten(1, 2)  # [B, clips * crops, 3, frames, size, size]
 
 # %% ../../nbs/inputs/02_video.ipynb #de3d2c0b
-def _video_stream(name, container):
+def _video_stream(name: str, container: InputContainer) -> VideoStream:
     "The first stream of moving pictures; a sound file's cover does not count."
-    streams = [
-        s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic
-    ]
+    cover = Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
-        raise InputError(f"{name}: has no video stream; give a video")
-    check_sides(
-        name, streams[0].codec_context.height or 1, streams[0].codec_context.width or 1, MAX_PIXELS
-    )
+        refuse(name, "a file with no video stream", "a video", InputError)
+    size = streams[0].codec_context
+    check_sides(name, size.height or 1, size.width or 1, MAX_PIXELS)
     streams[0].thread_type = "AUTO"
     return streams[0]
 
 # %% ../../nbs/inputs/02_video.ipynb #3f156214
-def _frame_times(name, container, stream):
-    "(sorted starts of all frames in the stream's unit, [start, decoding time] of the key frames, duration in seconds)."
-    packets = sorted(
-        (p.pts, p.duration or 0, p.pts if p.dts is None else p.dts, p.is_keyframe)
-        for p in container.demux(stream)
-        if p.pts is not None
-    )
+def _unit(name: str, stream: VideoStream) -> Fraction:
+    "The stream's unit of time in seconds."
+    if stream.time_base is None:
+        refuse(name, "a video without a unit of time", "a whole video", InputError)
+    return stream.time_base
+
+
+def _frame_times(
+    name: str, container: InputContainer, stream: VideoStream
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(sorted starts of all frames, the key frames' start and decoding time, duration).
+
+    The first two, [N] and [keys, 2], are in the stream's unit of time; the duration in seconds."""
+    packets = []
+    for packet in container.demux(stream):
+        if packet.pts is not None:
+            decoded = packet.pts if packet.dts is None else packet.dts
+            packets.append((packet.pts, packet.duration or 0, decoded, packet.is_keyframe))
     if not packets:
-        raise InputError(f"{name}: holds no frames; give a video")
+        refuse(name, "a file that holds no frames", "a video", InputError)
+    packets.sort()
     starts = np.array([start for start, *_ in packets])
     last = packets[-1][1] or (np.diff(starts).mean() if len(starts) > 1 else 1)
-    keys = np.array(
-        [(start, decoded) for start, _, decoded, key in packets if key] or [starts[[0, 0]]]
-    )
-    return starts, keys, float((starts[-1] + last - starts[0]) * stream.time_base)
+    keys = [(start, decoded) for start, _, decoded, key in packets if key]
+    keys = keys or [(starts[0], starts[0])]
+    return starts, np.array(keys), float((starts[-1] + last - starts[0]) * _unit(name, stream))
 
 
-def _frames_from(container, stream, key, earliest):
-    "Frames from a key frame on. Containers seek by start, or by decoding time, which is earlier, or are only guessing."
+def _frames_from(
+    container: InputContainer,
+    stream: VideoStream,
+    key: np.ndarray,
+    earliest: int,
+) -> Iterator[Any]:
+    """Frames from a key frame on; none if it cannot be reached.
+
+    Containers seek by start, or by decoding time, which is earlier, or are only guessing."""
     for moment in (*key, earliest):
         container.seek(int(moment), stream=stream)
         frames = container.decode(stream)
@@ -125,9 +152,17 @@ def _frames_from(container, stream, key, earliest):
 MAX_DECODED = 2**32  # pixels, of all frames that must be decoded to reach the wanted ones
 
 
-def _decode(name, container, stream, wanted, keys, size):
-    "{start: float32 [3, h, w]} of the wanted frames, upright and fitted, so that large ones need little memory."
+def _decode(
+    name: str,
+    container: InputContainer,
+    stream: VideoStream,
+    wanted: list[int],
+    keys: np.ndarray,
+    size: int,
+) -> dict[int, Tensor]:
+    "{start: float32 [3, h, w]} of the wanted frames, given by their sorted starts."
     found, position, spent = {}, -math.inf, 0
+    frames: Iterator[Any] = iter(())
     for start in wanted:
         key = keys[max(np.searchsorted(keys[:, 0], start, "right") - 1, 0)]
         if key[0] > position:
@@ -135,77 +170,74 @@ def _decode(name, container, stream, wanted, keys, size):
         for frame in frames:
             spent, position = spent + frame.width * frame.height, frame.pts
             if spent > MAX_DECODED:
-                raise InputError(
-                    f"{name}: more than {spent >> 20} million pixels to decode; give a smaller video"
-                )
+                got = f"more than {spent >> 20} million pixels to decode"
+                refuse(name, got, "a smaller video", InputError)
             if position >= start:
                 break
         else:
-            raise InputError(
-                f"{name}: cut off at {float(start * stream.time_base):.2f} s; give a whole video"
-            )
+            seconds = float(start * _unit(name, stream))
+            refuse(name, f"a video cut off at {seconds:.2f} s", "a whole video", InputError)
         pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
         found[start] = _fit_frames(pixels[None], size)[0]
     return found
 
 # %% ../../nbs/inputs/02_video.ipynb #7185f057
-def _read_video(source, config):
+def _read_video(source: Source, config: InputConfig) -> Tensor:
     "float32 [clips * frames, 3, h, w]: the wanted frames of a file, fitted."
     with (
         opened(source, "a video") as (name, file),
         reading(name, "a video"),
-        av.open(Contents(file), options=SAFE_OPTIONS) as container,
+        av.open(Contents(file), "r", options=SAFE_OPTIONS) as container,
     ):
         stream = _video_stream(name, container)
         starts, keys, duration = _frame_times(name, container, stream)
-        seconds = (starts - starts[0]) * float(stream.time_base)
-        wanted = starts[clip_frames(seconds, duration, config).flatten()].tolist()
+        seconds = (starts - starts[0]) * float(_unit(name, stream))
+        chosen = clip_frames(seconds, duration, config).flatten()  # [clips * frames]
+        wanted = starts[chosen].tolist()
         found = _decode(name, container, stream, sorted(set(wanted)), keys, config.image_size)
         return torch.stack([found[start] for start in wanted])
 
 # %% ../../nbs/inputs/02_video.ipynb #e87b2bf1
-def _video_array(pixels, fps):
+def _video_array(pixels: Source, fps: float) -> np.ndarray:
     "uint8 [B, T, H, W, 3] of an array of frames."
-    array = as_array(pixels)
-    found = type(pixels).__name__ if array is None else f"{array.dtype} of shape {array.shape}"
-    if (
-        array is None
-        or array.ndim not in (4, 5)
-        or array.shape[-1] != 3
-        or array.dtype != np.uint8
-        or 0 in array.shape
-    ):
-        raise InputError(
-            f"video array: got {found}; expected uint8 [T, H, W, 3] or [B, T, H, W, 3]"
-        )
+    array, wants = as_array(pixels), "uint8 [T, H, W, 3] or [B, T, H, W, 3]"
+    if array is None:
+        refuse("video array", type(pixels).__name__, wants, InputError)
+    right_shape = array.ndim in (4, 5) and array.shape[-1] == 3 and 0 not in array.shape
+    if not right_shape or array.dtype != np.uint8:
+        refuse("video array", described(array), wants, InputError)
     check_rate("video array", fps, 0.001, 100_000)
-    check_sides("video array", *array.shape[-3:-1], MAX_PIXELS)
+    height, width = array.shape[-3:-1]
+    check_sides("video array", height, width, MAX_PIXELS)
     return array if array.ndim == 5 else array[None]
 
 # %% ../../nbs/inputs/02_video.ipynb #c80d481c
 @each_of_a_list
-def load_video(source, config=InputConfig()):
-    """Videos as normalised float32 [B, clips * crops, 3, frames, image_size, image_size], clip by clip.
+def load_video(source: Source, config: InputConfig = PUBLISHED) -> Tensor:
+    """Videos as normalised float32 [B, clips * crops, 3, frames, image_size, image_size].
+
+    The crops of a clip stand beside each other, clip by clip (released code).
 
     Args:
-        source: a path, an open file or bytes of anything FFmpeg reads, GIF included; (array, frames per second) with
-            uint8 [T, H, W, 3] or [B, T, H, W, 3]; or a list of these.
+        source: a path, an open file or bytes of anything FFmpeg reads, GIF included; (array, frames
+            per second) with uint8 [T, H, W, 3] or [B, T, H, W, 3]; or a list of these.
+        config: its `image_size` and all that is called `video_…`.
     Raises:
         ValueError: no video stream, damaged, too large; an array of another shape or type.
         TypeError: an array without its frames per second.
+        FileNotFoundError: no such file.
     """
     film, fps = with_rate(source, None)
     if film is source:
         if as_array(source) is not None:
-            raise TypeError("video array: got no frames per second; give (array, fps)")
+            refuse("video array", "no frames per second", "(array, fps)", TypeError)
         return _video_tensor(_read_video(source, config), config)
     pixels = _video_array(film, fps)
     count = pixels.shape[1]
-    wanted = clip_frames(np.arange(count) / fps, count / fps, config).flatten()
+    wanted = clip_frames(np.arange(count) / fps, count / fps, config).flatten()  # [clips * frames]
 
-    def convert(part):
-        return _video_tensor(
-            _fit_frames(part[:, wanted].reshape(-1, *part.shape[2:]), config.image_size), config
-        )
+    def convert(part: np.ndarray) -> Tensor:
+        chosen = part[:, wanted].reshape(-1, *part.shape[2:])  # [B * clips * frames, H, W, 3]
+        return _video_tensor(_fit_frames(chosen, config.image_size), config)
 
     return in_slices(convert, pixels)

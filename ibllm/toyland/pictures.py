@@ -9,48 +9,51 @@ __all__ = ['PICTURES', 'SPECTROGRAM', 'draw_recording', 'show_things', 'show_ans
 # %% ../../nbs/toyland/04_pictures.ipynb #d27c9336
 import math
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..encoders import extract_features
 from ..explorer.show import Atlas, pca, stored_places
 from ..figures import MODALITY_COLOURS, PAGE, wrap
-from ..files import project_folder
+from ..files import project_folder, refuse
 from ..model import ImageBindLLM
 from .recipes import read_recording
 from .sensors import AUDIO_RATE, record, write_files
-from .world import KINDS, Things, split_things
+from .world import KINDS, Things, phrase, split_things
 
 # %% ../../nbs/toyland/04_pictures.ipynb #47fbfa9e
-PICTURES = dict(
-    image={},
-    video={},
-    depth=dict(cmap="viridis_r", vmin=1.2, vmax=3),
-    thermal=dict(cmap="inferno", vmin=18, vmax=45),
-)
+PICTURES: dict[str, dict[str, Any]] = {
+    "image": {},
+    "video": {},
+    "depth": {"cmap": "viridis_r", "vmin": 1.2, "vmax": 3},
+    "thermal": {"cmap": "inferno", "vmin": 18, "vmax": 45},
+}
+SPECTROGRAM: dict[str, Any] = {"cmap": "magma", "vmin": -70, "vmax": -30}
+SPECTROGRAM |= {"NFFT": 256, "noverlap": 128, "Fs": AUDIO_RATE}
 
 
-SPECTROGRAM = dict(NFFT=256, noverlap=128, Fs=AUDIO_RATE, cmap="magma", vmin=-70, vmax=-30)
+def draw_recording(axes: Axes, modality: str, one: Any) -> None:
+    """Draw `one` of the recordings that `record` made with `modality`.
 
-
-def draw_recording(axes, modality: str, one):
-    "Draw `one` of the recordings that `record` made with `modality`: a picture, spectrogram, cloud, curves or words."
+    A picture, spectrogram, cloud, curves or words; of a film the first and the fourth frame."""
     if modality == "video":
         one = torch.cat([one[0], one[3]], 1)
-    if modality != "text":
-        one = one.numpy()
     if modality in PICTURES:
-        axes.imshow(one, **PICTURES[modality])
+        axes.imshow(one.numpy(), **PICTURES[modality])
     elif modality == "audio":
-        axes.specgram(one, **SPECTROGRAM)
+        axes.specgram(one.numpy(), **SPECTROGRAM)
     elif modality == "point":
-        axes.scatter(one[:, 0], one[:, 1], s=2, c=one[:, 2], cmap="viridis", lw=0)
+        x, y, z = one.T.numpy()
+        axes.scatter(x, y, s=2, c=z, cmap="viridis", lw=0)
         axes.set(xlim=(-0.6, 0.6), ylim=(-0.6, 0.6), aspect="equal")
     elif modality == "imu":
-        axes.plot(one.T, lw=0.5)
+        axes.plot(one.T.numpy(), lw=0.5)
         axes.set_ylim(-8, 8)
     else:
         axes.text(0.5, 0.5, wrap(one.replace(" ,", ",")), ha="center", va="center", fontsize=6)
@@ -59,12 +62,16 @@ def draw_recording(axes, modality: str, one):
         side.set_visible(modality in ("text", "point", "imu"))
 
 # %% ../../nbs/toyland/04_pictures.ipynb #be0fb2a1
-def show_things(things: Things, recording: dict, captions: list[str] | None = None) -> Figure:
-    "A contact sheet of what `record` returned for `things`: a column per thing, a row per modality, `captions` below."
+def show_things(
+    things: Things, recording: dict[str, Any], captions: list[str] | None = None
+) -> Figure:
+    """A contact sheet of what `record` returned for `things`.
+
+    A column per thing, a row per modality, `captions` below."""
     figure = Figure(figsize=(PAGE, 0.82 * len(recording)), layout="constrained")
     grid = figure.subplots(len(recording), len(things), squeeze=False)
-    for row, (modality, all_of_it) in zip(grid, recording.items()):
-        for axes, one in zip(row, all_of_it):
+    for row, (modality, recorded) in zip(grid, recording.items()):
+        for axes, one in zip(row, recorded):
             draw_recording(axes, modality, one)
         row[0].set_ylabel(modality, color=MODALITY_COLOURS[modality])
     for axes, caption in zip(grid[-1], captions or []):
@@ -72,36 +79,38 @@ def show_things(things: Things, recording: dict, captions: list[str] | None = No
     return figure
 
 # %% ../../nbs/toyland/04_pictures.ipynb #2a3cab4b
-def show_answers(recording: dict, answers: dict[str, list[str]]) -> Figure:
-    "The first recording of every modality, four to a row, each above the lines `answers[modality]` of what a model said."
+def show_answers(recording: dict[str, Any], answers: dict[str, list[str]]) -> Figure:
+    """The first recording of every modality, four to a row.
+
+    Below each stand the lines `answers[modality]` of what a model said."""
     rows = math.ceil(len(recording) / 4)
     figure = Figure(figsize=(PAGE, 1.9 * rows), layout="constrained")
     grid = figure.subplots(rows, 4, squeeze=False).flat
     for (modality, one), axes in zip(recording.items(), grid):
         draw_recording(axes, modality, one[0])
         axes.set_title(modality, color=MODALITY_COLOURS[modality], fontweight="bold")
-        axes.set_xlabel("\n".join(wrap(line, 30) for line in answers[modality]), fontsize=6.5)
+        lines = [wrap(line, 30) for line in answers[modality]]
+        axes.set_xlabel("\n".join(lines), fontsize=6.5)
     for spare in grid:
         spare.set_axis_off()
     return figure
 
 # %% ../../nbs/toyland/04_pictures.ipynb #cf65d974
 def memory_pictures(model: ImageBindLLM) -> Tensor:
-    """The pictures that the memory of Toyland's model was made from, row by row: uint8 [N, 32, 32, 3]; takes seconds.
+    """The pictures that the memory of Toyland's model was made from, row by row.
 
-    Raises ValueError if `model` has no memory, or one that was made from others."""
+    uint8 [N, 32, 32, 3]; takes seconds. Raises ValueError if `model` has no memory, or one that
+    was made from others."""
     if model.cache is None:
-        raise ValueError("model: got one without a cache, wants a `VisualCache` in `model.cache`")
+        refuse("model", "one without a cache", "a `VisualCache` in `model.cache`")
     things, seed = split_things("tuning")
     pictures = record(things[: len(model.cache)], seed, ("image",))["image"]
     rows = torch.arange(0, len(pictures), max(len(pictures) // 10, 1))
-    similarities, ids = model.cache.search(
-        model.embed({"image": pictures[rows].numpy()})["image"], 1
-    )
-    if len(pictures) != len(model.cache) or similarities.min() < 0.999 or (ids[:, 0] != rows).any():
-        raise ValueError(
-            "memory: it was not made from the pictures of Toyland's tuning split, so none can be shown"
-        )
+    features = model.embed({"image": pictures[rows].numpy()})["image"]
+    similarities, ids = model.cache.search(features, 1)
+    found = (ids[:, 0] == rows).all() and similarities.min() >= 0.999
+    if len(pictures) != len(model.cache) or not found:
+        refuse("model", "a memory of other pictures", "one of those of Toyland's tuning split")
     return pictures
 
 # %% ../../nbs/toyland/04_pictures.ipynb #fc86e5ad
@@ -110,32 +119,38 @@ def map_path() -> Path:
     return project_folder() / "data" / "results" / "map.npz"
 
 
-def file_of(recordings: dict, modality: str, i: int) -> bytes:
+def file_of(recordings: dict[str, Any], modality: str, i: int) -> bytes:
     "What `modality` recorded of thing `i`, as the contents of a file."
     with tempfile.TemporaryDirectory() as folder:
         [path] = write_files({modality: recordings[modality]}, folder, "one", i).values()
         return path.read_bytes()
 
 
+def _file_number(recordings: dict[str, Any], count: int, i: int) -> bytes:
+    "Recording `i` of an atlas of `count` things."
+    return file_of(recordings, list(recordings)[i // count], i % count)
+
+
 def toyland_atlas(model: ImageBindLLM, count: int = 400) -> Atlas:
-    "The map of `count` things of the validation split as all modalities recorded them; takes some seconds."
+    "A map of `count` things of the validation split, by all modalities; takes some seconds."
     things, seed = split_things("validation")
     things = things[:count]
     recordings = record(things, seed)
-    features = torch.cat(
-        [
-            extract_features(
-                model.encoder, modality, read_recording(model.processor, modality, recording)
-            )
-            for modality, recording in recordings.items()
-        ]
-    )
-    described = ["{size} {colour} {kind}, {motion}".format(**things.words(i)) for i in range(count)]
-    words = [f"{modality} {i}: {described[i]}" for modality in recordings for i in range(count)]
-    labels = [KINDS[kind] for kind in things.kind] * len(recordings)
-    read = lambda i: file_of(recordings, list(recordings)[i // count], i % count)
+    features, words = [], []
+    for modality, recording in recordings.items():
+        tensors = read_recording(model.processor, modality, recording)
+        features.append(extract_features(model.encoder, modality, tensors))
+        words += [f"{modality} {i}: {phrase(things.words(i))}" for i in range(count)]
+    every = torch.cat(features)
     atlas = Atlas(
-        tuple(recordings), words, labels, tuple(KINDS), features, pca(features), "PCA", read
+        modalities=tuple(recordings),
+        words=words,
+        labels=[KINDS[kind] for kind in things.kind] * len(recordings),
+        label_names=tuple(KINDS),
+        features=every,
+        places=pca(every),
+        method="PCA",
+        read=partial(_file_number, recordings, count),
     )
     places = stored_places(atlas, map_path())
     return atlas if places is None else atlas._replace(places=places, method="UMAP")

@@ -7,12 +7,14 @@ __all__ = ['CAPTION_QUESTION', 'score_captions', 'caption_accuracy', 'answer_acc
            'modality_features', 'caption_hits', 'carried_hits']
 
 # %% ../../nbs/toyland/03_scoring.ipynb #313c46fd
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..config import MODALITIES
-from ..files import project_folder
-from ..model import ImageBindLLM, answer_all, load
+from ..files import project_folder, refuse
+from ..model import ImageBindLLM, Setting, answer_all, load
 from ibllm.toyland.recipes import (
     before_stage_two,
     build_folder,
@@ -24,68 +26,81 @@ from .world import ATTRIBUTES, CARRIES, Things, read_attributes, split_things
 
 # %% ../../nbs/toyland/03_scoring.ipynb #5d7cb818
 def score_captions(captions: list[str], things: Things) -> dict[str, Tensor]:
-    "Which captions name the attribute rightly: bool `[N]` for each. Raises ValueError if the lengths differ."
+    """Which captions name an attribute of their thing rightly: bool `[N]` for each attribute.
+
+    Raises ValueError if the lengths differ, or for what is no text."""
     if len(captions) != len(things):
-        raise ValueError(f"captions: got {len(captions)}, wants {len(things)}, one per thing")
-    if not all(isinstance(c, str) for c in captions):
-        raise ValueError("captions: got one that is no text, wants texts")
-    read = [read_attributes(c) for c in captions]
-    return {a: torch.tensor([r[a] for r in read]) == getattr(things, a) for a in ATTRIBUTES}
+        refuse("captions", str(len(captions)), f"{len(things)}, one per thing")
+    if not all(isinstance(caption, str) for caption in captions):
+        refuse("captions", "one that is no text", "texts")
+    read = [read_attributes(caption) for caption in captions]
+    right = {}
+    for attribute in ATTRIBUTES:
+        named = torch.tensor([one[attribute] for one in read])
+        right[attribute] = named == getattr(things, attribute)
+    return right
 
 # %% ../../nbs/toyland/03_scoring.ipynb #43ed7b32
 CAPTION_QUESTION = "describe it ."
 
 
 def caption_accuracy(
-    model, features: Tensor, things: Things, cache: dict | bool = False
+    model: ImageBindLLM,
+    features: Tensor,
+    things: Things,
+    cache: Setting = False,
 ) -> dict[str, Tensor]:
-    "`score_captions` of what `model` says about features `[N,D]` of `things`; `cache` as in `model.enhance`."
-    return score_captions(
-        answer_all(model, model.enhance(features, cache), CAPTION_QUESTION), things
-    )
+    """`score_captions` of what `model` says about features `[N,D]` of `things`.
+
+    `cache` as in `ImageBindLLM.enhance`; None takes the model's own settings."""
+    seen = model.enhance(features, cache)
+    return score_captions(answer_all(model, seen, CAPTION_QUESTION), things)
 
 
 def answer_accuracy(
-    model, exercises: list[dict], features: Tensor | None = None
+    model: ImageBindLLM, exercises: list[dict[str, str]], features: Tensor | None = None
 ) -> dict[str, float]:
-    """Share of exactly right answers per topic of `exercises` (dicts with `about`, `question`, `answer`).
+    """Share of exactly right answers for each topic of `exercises`, `{about, question, answer}`.
 
     The questions are about features `[N,D]`, or in words alone: then the feature is zero."""
     if features is None:
         features = torch.zeros(len(exercises), model.config.encoder.feature_dim)
-    answers = answer_all(model, features, [e["question"] for e in exercises])
-    right = {e["about"]: [] for e in exercises}
-    for e, given in zip(exercises, answers):
-        right[e["about"]].append(given == e["answer"])
-    return {topic: sum(r) / len(r) for topic, r in sorted(right.items())}
+    answers = answer_all(model, features, [exercise["question"] for exercise in exercises])
+    right: dict[str, list[bool]] = {}
+    for exercise, given in zip(exercises, answers):
+        right.setdefault(exercise["about"], []).append(given == exercise["answer"])
+    return {topic: sum(hits) / len(hits) for topic, hits in sorted(right.items())}
 
 # %% ../../nbs/toyland/03_scoring.ipynb #ac22136e
 def zero_shot(features: Tensor, text_features: Tensor, things: Things) -> dict[str, Tensor]:
-    """For features `[N,D]`, the attributes of the most similar text: int64 `[N]` for each attribute.
+    """For features `[N,D]`, the attributes of the most similar text: int64 `[N]` for each one.
 
-    `text_features [M,D]` are those of texts about `things`, M of them."""
+    `text_features [M,D]` are those of texts about `things`, M of them. Raises ValueError if the
+    lengths differ."""
     if len(text_features) != len(things):
-        raise ValueError(
-            f"text_features: got {len(text_features)}, wants {len(things)}, one per thing"
-        )
+        refuse("text_features", str(len(text_features)), f"{len(things)}, one per thing")
     best = (features @ text_features.T).argmax(1)
-    return {a: getattr(things, a)[best] for a in ATTRIBUTES}
+    return {attribute: getattr(things, attribute)[best] for attribute in ATTRIBUTES}
 
 # %% ../../nbs/toyland/03_scoring.ipynb #199ed701
 def seed_models(seeds: list[int]) -> dict[int, ImageBindLLM]:
-    "Models that differ in the seed of stages 1 and 2: 0 is the shipped one, others are trained; all share its memory."
+    """Models that differ in the seed of stages 1 and 2, by seed.
+
+    0 is the shipped one, others are trained; all share its memory."""
     shipped, models = load("toyland"), {}
     for seed in seeds:
-        if seed == 0:
-            models[seed] = shipped
-            continue
-        llm = before_stage_two(project_folder() / "data" / "toyland").llm
-        things, features = picture_features(shipped, "tuning")
-        models[seed] = train_stages(
-            shipped.encoder, llm, shipped.tokenizer, things, features, seed, build_folder()
-        )
-        models[seed].cache = shipped.cache
+        models[seed] = shipped if seed == 0 else _train_seed(shipped, seed)
     return models
+
+
+def _train_seed(shipped: ImageBindLLM, seed: int) -> ImageBindLLM:
+    "A model like the `shipped` one, with another `seed` of both stages."
+    llm = before_stage_two(project_folder() / "data" / "toyland").llm
+    things, features = picture_features(shipped, "tuning")
+    folder, tokenizer = build_folder(), shipped.tokenizer
+    model = train_stages(shipped.encoder, llm, tokenizer, things, features, seed, folder)
+    model.cache = shipped.cache
+    return model
 
 # %% ../../nbs/toyland/03_scoring.ipynb #5e45efea
 def modality_features(
@@ -95,35 +110,45 @@ def modality_features(
     size: int | None = None,
     modalities: tuple[str, ...] = MODALITIES,
 ) -> tuple[Things, dict[str, Tensor]]:
-    """The things of a `split` and features of what every modality records of them: float32 `[N,D]` for each.
+    """The things of a `split`, and features of what every modality records of them.
 
-    Kept, as `kept_features` says. `size` as in `split_things`."""
+    Features are float32 `[N,D]` for each modality, kept as `kept_features` says. `size` as in
+    `split_things`."""
     things, key = split_things(split, seed, size)
     return things, kept_features(model, things, key, modalities)
 
 # %% ../../nbs/toyland/03_scoring.ipynb #97968864
-def caption_hits(models: dict, features: dict[str, Tensor], things: Things, change=None) -> Tensor:
-    """What captions about `features` (modality → `[N,D]`) name rightly: bool `[seeds, modalities, N, attributes]`.
+def caption_hits(
+    models: dict[int, ImageBindLLM],
+    features: dict[str, Tensor],
+    things: Things,
+    change: Callable[[str, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """What captions about `features` (modality → `[N,D]`) name rightly.
 
-    `change(modality, features)`, if given, returns the features that the `models` (seed → model) see in their place."""
-    seen = torch.cat([change(modality, f) if change else f for modality, f in features.items()])
+    Returns bool `[seeds, modalities, N, attributes]`. `change(modality, features)`, if given,
+    returns the features that the `models` (seed → model) see in their place."""
+    parts = [change(modality, f) if change else f for modality, f in features.items()]
+    seen = torch.cat(parts)  # [modalities * N, D]
     every = things[torch.arange(len(things)).repeat(len(features))]
-    hits = [
-        torch.stack(list(caption_accuracy(model, seen, every).values()), 1)
-        for model in models.values()
-    ]
-    return torch.stack(hits).unflatten(1, (len(features), len(things)))
+    hits = []
+    for model in models.values():
+        right = caption_accuracy(model, seen, every)
+        hits.append(torch.stack(list(right.values()), 1))  # [modalities * N, attributes]
+    block = torch.stack(hits)
+    return block.unflatten(1, (len(features), len(things)))  # [seeds, modalities, N, attributes]
 
 
 def carried_hits(
-    hits: Tensor, modalities: list[str], chosen: tuple[str, ...] | None = None
+    hits: Tensor, modalities: list[str], chosen: tuple[str, ...] | list[str] | None = None
 ) -> Tensor:
     """Of `hits [S, modalities, N, attributes]` the share right about each thing: `[S, N]`.
 
-    Only attributes that a modality carries count, all modalities alike, and of `modalities` only the `chosen` ones, if given."""
-    shares = [
-        hits[:, i][:, :, [a in CARRIES[modality] for a in ATTRIBUTES]].double().mean(2)
-        for i, modality in enumerate(modalities)
-        if chosen is None or modality in chosen
-    ]
+    Only attributes that a modality carries count, all modalities alike, and of `modalities` only
+    the `chosen` ones, if given."""
+    shares = []
+    for i, modality in enumerate(modalities):
+        if chosen is None or modality in chosen:
+            carried = [attribute in CARRIES[modality] for attribute in ATTRIBUTES]
+            shares.append(hits[:, i][:, :, carried].double().mean(2))
     return torch.stack(shares).mean(0)

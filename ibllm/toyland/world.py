@@ -4,120 +4,131 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COLOURS', 'SIZES', 'MOTIONS', 'ATTRIBUTES', 'CARRIES', 'DESCRIPTIONS', 'PLACE', 'PURPOSE', 'QUESTIONS',
-           'SPLITS', 'Things', 'one_thing', 'generator', 'uniform', 'is_pictured', 'draw_things', 'describe', 'answer',
-           'ask', 'ask_in_words', 'read_attributes', 'Split', 'split_things', 'every_thing', 'text_prototypes']
+           'SPLITS', 'Things', 'phrase', 'one_thing', 'generator', 'uniform', 'is_pictured', 'draw_things', 'describe',
+           'answer', 'ask', 'ask_in_words', 'read_attributes', 'Split', 'split_things', 'every_thing',
+           'text_prototypes']
 
 # %% ../../nbs/toyland/00_world.ipynb #9af3b3f8
 import hashlib
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..files import refuse, shown
+
 # %% ../../nbs/toyland/00_world.ipynb #871da1ff
-KINDS = "ball box cone ring bell bottle star spring table mushroom drum plane".split()
+KINDS = [
+    "ball", "box", "cone", "ring", "bell", "bottle",
+    "star", "spring", "table", "mushroom", "drum", "plane",
+]  # fmt: skip
+COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "white"]
+SIZES = ["small", "big"]
+MOTIONS = ["still", "bouncing", "sliding", "circling"]
 
-
-COLOURS = "red orange yellow green cyan blue purple white".split()
-
-
-SIZES = "small big".split()
-
-
-MOTIONS = "still bouncing sliding circling".split()
-
-
-ATTRIBUTES = dict(kind=KINDS, colour=COLOURS, size=SIZES, motion=MOTIONS)
+ATTRIBUTES: dict[str, list[str]] = {
+    "kind": KINDS,
+    "colour": COLOURS,
+    "size": SIZES,
+    "motion": MOTIONS,
+}
 
 # %% ../../nbs/toyland/00_world.ipynb #b2fbc8e2
-def check_word(name, got, known):
+def check_word(name: str, got: object, known: Collection[str]) -> None:
+    "Raise ValueError, which names the argument `name`, unless `got` is one of the `known` words."
     if got not in known:
-        raise ValueError(f"{name}: got {got!r}, wants one of {', '.join(known)}")
+        refuse(name, shown(got), f"one of {', '.join(known)}")
 
 # %% ../../nbs/toyland/00_world.ipynb #3909fe65
 @dataclass(frozen=True)
 class Things:
-    """N things. `kind`, `colour`, `size`, `motion`: int64 `[N]`, positions in `KINDS`, `COLOURS`, `SIZES`, `MOTIONS`.
+    """N things: four int64 `[N]`, positions in `KINDS`, `COLOURS`, `SIZES` and `MOTIONS`.
 
-    `things[index]` are some of them: one (an int), a slice, or those that a mask or an index tensor picks."""
+    `things[index]` are some of them: one (an int), a slice, or those that a mask or an index
+    tensor picks."""
 
     kind: Tensor
     colour: Tensor
     size: Tensor
     motion: Tensor
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.kind)
 
-    def __getitem__(self, index):
-        index = [index] if isinstance(index, int) else index
-        return Things(*(getattr(self, name)[index] for name in ATTRIBUTES))
+    def __getitem__(self, index: int | slice | Tensor) -> "Things":
+        picked = [index] if isinstance(index, int) else index
+        return Things(*(getattr(self, name)[picked] for name in ATTRIBUTES))
 
     def words(self, i: int) -> dict[str, str]:
         "The four attribute words of thing `i`: `{kind, colour, size, motion}`."
         return {name: words[getattr(self, name)[i]] for name, words in ATTRIBUTES.items()}
 
-    def __repr__(self):
-        first = [
-            "{size} {colour} {kind}, {motion}".format(**self.words(i))
-            for i in range(min(3, len(self)))
-        ]
-        return f"Things({len(self)}): " + "; ".join(first + ["…"] * (len(self) > 3))
+    def __repr__(self) -> str:
+        first = [phrase(self.words(i)) for i in range(min(3, len(self)))]
+        more = ["…"] if len(self) > 3 else []
+        return f"Things({len(self)}): " + "; ".join(first + more)
+
+
+def phrase(words: dict[str, str]) -> str:
+    "Attribute `words` in one short phrase."
+    return "{size} {colour} {kind}, {motion}".format(**words)
 
 # %% ../../nbs/toyland/00_world.ipynb #86ba453e
 def one_thing(kind: str, colour: str = "red", size: str = "big", motion: str = "still") -> Things:
-    "A `Things` of length one from its four words. Raises ValueError for a word that Toyland does not know."
-    given = dict(kind=kind, colour=colour, size=size, motion=motion)
-    for name, word in given.items():
+    "A `Things` of length one from its four words. Raises ValueError for an unknown word."
+    columns = []
+    for name, word in zip(ATTRIBUTES, (kind, colour, size, motion)):
         check_word(name, word, ATTRIBUTES[name])
-    return Things(*(torch.tensor([ATTRIBUTES[name].index(word)]) for name, word in given.items()))
+        columns.append(torch.tensor([ATTRIBUTES[name].index(word)]))
+    return Things(*columns)
 
 # %% ../../nbs/toyland/00_world.ipynb #7a359cec
-def generator(seed: int, *names) -> torch.Generator:
+def generator(seed: int, *names: object) -> torch.Generator:
     "A random generator that depends on `seed` and `names` only, not on what was drawn before."
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def uniform(low: float, high: float, shape, g: torch.Generator) -> Tensor:
+def uniform(low: float, high: float, shape: int | Sequence[int], g: torch.Generator) -> Tensor:
     "Random floats of `shape`, drawn uniformly between `low` and `high` (never `high` itself)."
     return low + (high - low) * torch.rand(shape, generator=g)
 
 # %% ../../nbs/toyland/00_world.ipynb #7dc82143
 def is_pictured(things: Things) -> Tensor:
-    "Bool `[N]`: whether the kind–colour combination occurs in training pictures."
+    "Bool, the shape of `kind` (`[N]`): whether training pictures show this kind in this colour."
     shift = (things.colour - things.kind) % len(COLOURS)
     return (shift != 0) & (shift != 3)
 
 # %% ../../nbs/toyland/00_world.ipynb #23b4b0aa
 def draw_things(n: int, seed: int, pictured: bool | None = True) -> Things:
-    """`n` random things: only pictured combinations, only those never pictured (`pictured=False`), or any (`None`).
+    """`n` random things of pictured combinations, of unpictured ones (`False`), or any (`None`).
 
-    Another `n` gives other things, not fewer of the same. Raises ValueError unless `n` is from 1 to ten million."""
+    Another `n` gives other things, not fewer of the same. Raises ValueError unless `n` is from 1
+    to ten million."""
     if not isinstance(n, int) or not 1 <= n <= 10**7:
-        raise ValueError(f"n: got {n!r:.60}, wants a whole number of things, from 1 to ten million")
-    g, found = generator(seed, "things"), torch.empty(4, 0, dtype=torch.long)
+        refuse("n", shown(n), "a whole number of things, from 1 to ten million")
+    g, counts = generator(seed, "things"), [len(words) for words in ATTRIBUTES.values()]
+    found = torch.empty(4, 0, dtype=torch.long)
     while found.shape[1] < n:
-        draw = torch.stack(
-            [torch.randint(len(words), (n * 8,), generator=g) for words in ATTRIBUTES.values()]
-        )
+        draw = torch.stack([torch.randint(count, (n * 8,), generator=g) for count in counts])
         if pictured is not None:
             draw = draw[:, is_pictured(Things(*draw)) == pictured]
         found = torch.cat([found, draw], 1)
     return Things(*found[:, :n])
 
 # %% ../../nbs/toyland/00_world.ipynb #c5ae6dcc
-CARRIES = dict(
-    image=("kind", "colour", "size", "motion"),
-    video=("kind", "colour", "size", "motion"),
-    text=("kind", "colour", "size", "motion"),
-    audio=("kind", "size", "motion"),
-    point=("kind", "size"),
-    depth=("kind", "size", "motion"),
-    thermal=("kind", "size", "motion"),
-    imu=("kind", "size", "motion"),
-)
+CARRIES = {
+    "image": ("kind", "colour", "size", "motion"),
+    "video": ("kind", "colour", "size", "motion"),
+    "text": ("kind", "colour", "size", "motion"),
+    "audio": ("kind", "size", "motion"),
+    "point": ("kind", "size"),
+    "depth": ("kind", "size", "motion"),
+    "thermal": ("kind", "size", "motion"),
+    "imu": ("kind", "size", "motion"),
+}
 
 # %% ../../nbs/toyland/00_world.ipynb #0e6c0253
 DESCRIPTIONS = [
@@ -132,67 +143,55 @@ DESCRIPTIONS = [
 
 def describe(things: Things, seed: int) -> list[str]:
     "One caption per thing, its phrasing drawn at random."
-    choice = torch.randint(
-        len(DESCRIPTIONS), (len(things),), generator=generator(seed, "captions")
-    ).tolist()
+    g = generator(seed, "captions")
+    choice = torch.randint(len(DESCRIPTIONS), (len(things),), generator=g).tolist()
     return [DESCRIPTIONS[c].format(**things.words(i)) for i, c in enumerate(choice)]
 
 # %% ../../nbs/toyland/00_world.ipynb #8296164e
-PLACE = dict(
-    zip(
-        KINDS,
-        [
-            "in a park",
-            "in a cellar",
-            "on a road",
-            "in a drawer",
-            "in a tower",
-            "in a kitchen",
-            "on a tree",
-            "in a clock",
-            "in a room",
-            "in a forest",
-            "in a band",
-            "at an airport",
-        ],
-    )
-)
+PLACE = {
+    "ball": "in a park",
+    "box": "in a cellar",
+    "cone": "on a road",
+    "ring": "in a drawer",
+    "bell": "in a tower",
+    "bottle": "in a kitchen",
+    "star": "on a tree",
+    "spring": "in a clock",
+    "table": "in a room",
+    "mushroom": "in a forest",
+    "drum": "in a band",
+    "plane": "at an airport",
+}
 
-
-PURPOSE = dict(
-    zip(
-        KINDS,
-        [
-            "playing",
-            "storing",
-            "warning",
-            "marrying",
-            "calling",
-            "drinking",
-            "decorating",
-            "pushing",
-            "dining",
-            "cooking",
-            "drumming",
-            "flying",
-        ],
-    )
-)
+PURPOSE = {
+    "ball": "playing",
+    "box": "storing",
+    "cone": "warning",
+    "ring": "marrying",
+    "bell": "calling",
+    "bottle": "drinking",
+    "star": "decorating",
+    "spring": "pushing",
+    "table": "dining",
+    "mushroom": "cooking",
+    "drum": "drumming",
+    "plane": "flying",
+}
 
 # %% ../../nbs/toyland/00_world.ipynb #36b594c9
-QUESTIONS = dict(
-    kind=["what is this ?", "what is it ?", "which thing is this ?", "name the thing ."],
-    colour=["what colour is it ?", "which colour does it have ?", "name its colour ."],
-    size=["how big is it ?", "what size is it ?", "is it small or big ?"],
-    motion=["how does it move ?", "what is it doing ?", "name its motion ."],
-    place=["where is it found ?", "where does one find it ?"],
-    purpose=["what is it for ?", "what is it used for ?"],
-    caption=["describe it .", "generate caption of this image", "what do you notice ?"],
-)
+QUESTIONS = {
+    "kind": ["what is this ?", "what is it ?", "which thing is this ?", "name the thing ."],
+    "colour": ["what colour is it ?", "which colour does it have ?", "name its colour ."],
+    "size": ["how big is it ?", "what size is it ?", "is it small or big ?"],
+    "motion": ["how does it move ?", "what is it doing ?", "name its motion ."],
+    "place": ["where is it found ?", "where does one find it ?"],
+    "purpose": ["what is it for ?", "what is it used for ?"],
+    "caption": ["describe it .", "generate caption of this image", "what do you notice ?"],
+}
 
 
-def answer(about: str, words: dict, caption: str = "") -> str:
-    """The right answer to a question of the topic `about`, for a thing with these attribute `words`.
+def answer(about: str, words: dict[str, str], caption: str = "") -> str:
+    """The right answer to a question of the topic `about`, for a thing with these `words`.
 
     For the topic `caption` that is `caption`."""
     if about == "kind":
@@ -204,93 +203,100 @@ def answer(about: str, words: dict, caption: str = "") -> str:
     return caption if about == "caption" else words[about]
 
 # %% ../../nbs/toyland/00_world.ipynb #26b676fd
-def ask(things: Things, seed: int, about: tuple[str, ...] = tuple(QUESTIONS)) -> list[dict]:
-    """One question per thing, its topic drawn from `about`: dicts with `about`, `question`, `answer`.
+def ask(
+    things: Things, seed: int, about: tuple[str, ...] = tuple(QUESTIONS)
+) -> list[dict[str, str]]:
+    """One question per thing, its topic drawn from `about`: `{about, question, answer}`.
 
     Raises ValueError for a topic that `QUESTIONS` lacks."""
-    for t in about:
-        check_word("about", t, QUESTIONS)
+    for topic in about:
+        check_word("about", topic, QUESTIONS)
     g, captions = generator(seed, "questions"), describe(things, seed)
-    topic = torch.randint(len(about), (len(things),), generator=g).tolist()
-    phrase = torch.randint(1 << 20, (len(things),), generator=g).tolist()
-    return [
-        dict(
-            about=(t := about[topic[i]]),
-            question=QUESTIONS[t][phrase[i] % len(QUESTIONS[t])],
-            answer=answer(t, things.words(i), captions[i]),
-        )
-        for i in range(len(things))
-    ]
+    topics = torch.randint(len(about), (len(things),), generator=g).tolist()
+    phrasings = torch.randint(1 << 20, (len(things),), generator=g).tolist()
+    exercises = []
+    for i, (number, phrasing) in enumerate(zip(topics, phrasings)):
+        topic = about[number]
+        question = QUESTIONS[topic][phrasing % len(QUESTIONS[topic])]
+        right = answer(topic, things.words(i), captions[i])
+        exercises.append({"about": topic, "question": question, "answer": right})
+    return exercises
 
 # %% ../../nbs/toyland/00_world.ipynb #05bbd7d8
 def ask_in_words(
     things: Things, seed: int, about: tuple[str, ...] = tuple(QUESTIONS)[:-1]
-) -> list[dict]:
-    """One text-only exercise per thing, drawn from the topics `about` (default: all but captions).
+) -> list[dict[str, str]]:
+    """One exercise in words alone per thing, of the topics `about` (default: all but captions).
 
-    Half of those on place and purpose ask for knowledge alone, all others follow a caption. Dicts as `ask` gives."""
+    Half of those on place and purpose ask for knowledge alone, all others follow a caption.
+    Returns `{about, question, answer}` each, as `ask` does."""
     captions, exercises = describe(things, seed + 1), ask(things, seed, about)
-    for i, e in enumerate(exercises):
-        kind = things.words(i)["kind"]
-        if e["about"] in ("place", "purpose") and i % 2:
-            e["question"] = e["question"].replace(" it ", f" a {kind} ")
+    for i, exercise in enumerate(exercises):
+        question = exercise["question"]
+        if exercise["about"] in ("place", "purpose") and i % 2:
+            exercise["question"] = question.replace(" it ", f" a {things.words(i)['kind']} ")
         else:
-            e["question"] = f"{captions[i]} . {e['question']}"
+            exercise["question"] = f"{captions[i]} . {question}"
     return exercises
 
 # %% ../../nbs/toyland/00_world.ipynb #1f350a74
-def read_attributes(text: str) -> dict:
-    "Position in `ATTRIBUTES` of the first kind, colour, size and motion that `text` names; −1 where it names none."
-    words = text.lower().replace(".", " ").replace(",", " ").split()
-    found = {name: [w for w in words if w in known] for name, known in ATTRIBUTES.items()}
-    return {name: ATTRIBUTES[name].index(ws[0]) if ws else -1 for name, ws in found.items()}
+def read_attributes(text: str) -> dict[str, int]:
+    """Position in `ATTRIBUTES` of the first kind, colour, size and motion that `text` names.
+
+    −1 where it names none."""
+    words, found = text.lower().replace(".", " ").replace(",", " ").split(), {}
+    for name, known in ATTRIBUTES.items():
+        named = [word for word in words if word in known]
+        found[name] = known.index(named[0]) if named else -1
+    return found
 
 # %% ../../nbs/toyland/00_world.ipynb #3a5fdf1e
 @dataclass(frozen=True)
 class Split:
-    "A named part of the world: how many things, what its seed adds to, and whether the combinations are pictured."
+    "A named part of the world."
 
-    size: int
-    offset: int
-    pictured: bool = True
+    size: int  # how many things
+    offset: int  # what its seed adds to
+    pictured: bool = True  # whether training pictures show its combinations
 
 
-SPLITS = dict(
-    image_text=Split(40_000, 1),
-    image_audio=Split(12_000, 2),
-    image_point=Split(12_000, 3),
-    image_depth=Split(12_000, 4),
-    image_thermal=Split(12_000, 5),
-    image_imu=Split(12_000, 6),
-    tuning=Split(16_000, 7),
-    validation=Split(1_500, 8),
-    test=Split(1_000, 9),
-    validation_unseen=Split(500, 10, False),
-    test_unseen=Split(500, 11, False),
-)
+SPLITS = {
+    "image_text": Split(40_000, 1),
+    "image_audio": Split(12_000, 2),
+    "image_point": Split(12_000, 3),
+    "image_depth": Split(12_000, 4),
+    "image_thermal": Split(12_000, 5),
+    "image_imu": Split(12_000, 6),
+    "tuning": Split(16_000, 7),
+    "validation": Split(1_500, 8),
+    "test": Split(1_000, 9),
+    "validation_unseen": Split(500, 10, pictured=False),
+    "test_unseen": Split(500, 11, pictured=False),
+}
 
 
 def split_things(name: str, seed: int = 0, size: int | None = None) -> tuple[Things, int]:
-    """The things of a split and the seed to record them with. A `size` gives that many other things of the split.
+    """The things of a split and the seed to record them with.
 
-    Raises ValueError for an unknown split."""
+    A `size` gives that many other things of the split. Raises ValueError for an unknown split."""
     check_word("name", name, SPLITS)
-    split, key = SPLITS[name], seed * 1_000 + SPLITS[name].offset
+    split = SPLITS[name]
+    key = seed * 1_000 + split.offset
     return draw_things(split.size if size is None else size, key, split.pictured), key
 
 # %% ../../nbs/toyland/00_world.ipynb #8ae11f77
 def every_thing() -> Things:
     "All 768 things there are."
-    grid = torch.meshgrid(
-        *(torch.arange(len(words)) for words in ATTRIBUTES.values()), indexing="ij"
-    )
-    return Things(*(g.reshape(-1) for g in grid))
+    positions = [torch.arange(len(words)) for words in ATTRIBUTES.values()]
+    return Things(*torch.cartesian_prod(*positions).T)  # [4, 768]
 
 
-def text_prototypes(embed_text) -> Tensor:
-    "Unit features `[768,D]` of `every_thing`, means over all phrasings; `embed_text` maps captions to features."
-    things = every_thing()
-    phrasings = [
-        embed_text([d.format(**things.words(i)) for i in range(len(things))]) for d in DESCRIPTIONS
-    ]
-    return F.normalize(sum(phrasings), dim=-1)
+def text_prototypes(embed_text: Callable[[list[str]], Tensor]) -> Tensor:
+    """Unit features `[768,D]` of `every_thing`, means over all phrasings.
+
+    `embed_text` maps M captions to features `[M,D]`."""
+    things, total = every_thing(), torch.zeros(())
+    for description in DESCRIPTIONS:
+        captions = [description.format(**things.words(i)) for i in range(len(things))]
+        total = total + embed_text(captions)
+    return F.normalize(total, dim=-1)
