@@ -3,7 +3,7 @@
 # make experiments run nbs/experiments at full length with the shipped weights, two notebooks at a time: an hour on two
 #                  cores, and 20 minutes of one core more the first time, for a second set of encoders
 # make test        every test and every notebook, with shortened training (IBLLM_QUICK=1, set in conftest.py)
-# make check       the quick part of it: the tests without the notebooks
+# make check       the quick part of it: the tests without the notebooks and without the slow ones
 # make test-oldest the same with the oldest releases that settings.ini admits, in .venv-oldest; wants PYTHON=python3.10
 # make lab         open the walkthrough in JupyterLab
 # make explore     open the explorer as a page of its own, without a notebook around it
@@ -39,18 +39,19 @@ experiments: .venv/.done
 	$(BIN)/nbdev-clean
 
 test: .venv/.done chromium
-	$(BIN)/python -m pytest tests nbs --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
+	$(BIN)/python -m pytest tests nbs -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
 	  --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 check: .venv/.done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # What old releases of others warn of is no concern of ours; the tools that two of the files test are of one release only.
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e . pytest pytest-timeout hypothesis openexr
 	.venv-oldest/bin/python -m pip install -q -c constraints.txt --no-deps open-clip-torch
-	.venv-oldest/bin/python -m pytest tests -W default --ignore tests/test_repository.py --ignore tests/test_browser.py
+	.venv-oldest/bin/python -m pytest tests -W default --ignore tests/test_repository.py \
+	  --ignore tests/test_browser.py --ignore tests/test_tools.py
 
 lab: .venv/.done
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(firstword $(WALKTHROUGH))

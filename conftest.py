@@ -1,4 +1,5 @@
-"What every test and every tested notebook shares: quick training, no network, comparable notebook outputs."
+"""What every test and every tested notebook shares: quick training, no network, comparable notebook
+outputs."""
 
 import hashlib
 import os
@@ -17,7 +18,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def results():
-    "Digest of every file that full runs of the notebooks make, and that shortened ones must leave alone."
+    """Digest of every file that full runs of the notebooks make, and that shortened ones must leave
+    alone."""
     files = (
         file
         for folder in ("data", "figures")
@@ -47,7 +49,8 @@ def pytest_sessionfinish(session):
 
 
 def pytest_collection_modifyitems(items):
-    "nbdev-clean blanks execution counts, and nbval takes a cell without one for never run: give it the count 1."
+    """nbdev-clean blanks execution counts, and nbval takes a cell without one for never run: give
+    it the count 1."""
     for item in items:
         cell = getattr(item, "cell", None)
         if cell is None:
@@ -101,7 +104,8 @@ def clean_style():
 
 @pytest.fixture
 def same_matplotlib():
-    "Skip where matplotlib is another release than the one that drew the committed figures: it draws other pixels."
+    """Skip where matplotlib is another release than the one that drew the committed figures: it
+    draws other pixels."""
     import matplotlib
 
     drawn_by = Path(__file__).with_name("figures").joinpath("eight_modalities.pdf").read_bytes()

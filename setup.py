@@ -1,4 +1,4 @@
-"Hand setuptools what settings.ini says; ship the trained Toyland weights of data/toyland inside the package."
+"Hand setuptools what settings.ini says; ship the trained Toyland weights in the package."
 
 from configparser import ConfigParser
 from pathlib import Path

@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['LARGEST', 'HUGE', 'Kind', 'TOWER_OF', 'MODALITIES', 'TOWERS', 'strict_fields', 'zero_or_more', 'Config',
            'InputConfig', 'TowerConfig', 'PatchConfig', 'DepthConfig', 'ThermalConfig', 'AudioConfig', 'VisionConfig',
-           'TextConfig', 'IMUConfig', 'PointConfig', 'ImageBindConfig', 'is_text', 'PromptTemplate', 'BindConfig',
-           'CacheSettings', 'ModelConfig']
+           'TextConfig', 'IMUConfig', 'PointConfig', 'ImageBindConfig', 'BindConfig', 'CacheSettings', 'ModelConfig']
 
 # %% ../nbs/01_config.ipynb #90b6469d
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import wraps
-from string import Formatter
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -85,6 +83,8 @@ def _check_together(config: Any) -> None:
 def _set_checked(config: Any, name: str, value: Any, checked_set: Callable[..., None]) -> None:
     "Set a field of `config` with `checked_set`, which knows types, if all else is right too."
     declared = {one.name: one for one in fields(config)}
+    if isinstance(getattr(type(config), name, None), property):
+        return object.__setattr__(config, name, value)
     if name not in declared:
         refuse(name, "an unknown field", f"one of {', '.join(declared)}")
     annotation, least = declared[name].type, declared[name].metadata.get("least", 1)
@@ -430,67 +430,6 @@ class ImageBindConfig(Config):
         "The configurations of the towers that are there, by name."
         return {name: tower for name in TOWERS if (tower := getattr(self, name)) is not None}
 
-# %% ../nbs/01_config.ipynb #606eb141
-def is_text(value: object) -> bool:
-    "Whether `value` is text, not empty and without half characters."
-    try:
-        return isinstance(value, str) and bool(value.strip().encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def _fields_in(text: str) -> set[tuple[Any, ...]] | None:
-    "The (name, format, conversion) of every field in braces; None for unmatched braces."
-    found = set()
-    try:
-        for _, name, form, conversion in Formatter().parse(text):
-            if name is not None:
-                found.add((name, form, conversion))
-    except ValueError:
-        return None
-    return found
-
-
-@strict_fields
-@dataclass
-class PromptTemplate(Config):
-    """How an instruction, perhaps with a context, becomes what the language model reads.
-
-    Defaults: Alpaca's."""
-
-    alone: str = (
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Response:"
-    )
-    with_context: str = (
-        "Below is an instruction that describes a task, paired with an input that "
-        "provides further context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:"
-    )
-
-    def validate_fields(self) -> None:
-        """Just the names in braces, without formats.
-
-        One such as {instruction:>9999999999} would fill the memory."""
-        self._check_field("alone", ["instruction"])
-        self._check_field("with_context", ["context", "instruction"])
-
-    def _check_field(self, name: str, words: list[str]) -> None:
-        text = getattr(self, name)
-        if _fields_in(text) != {(word, "", None) for word in words}:
-            refuse(name, shown(text), f"a text with {words} in braces")
-
-    def __call__(self, instruction: str, context: str | None = None) -> str:
-        """The prompt; an empty `context` counts as none.
-
-        Raises ValueError for what is no text, or an empty one."""
-        for text in (instruction, context or "none"):
-            if not is_text(text):
-                refuse("prompts", shown(text), "text")
-        template = self.with_context if context else self.alone
-        return template.format(instruction=instruction, context=context)
-
 # %% ../nbs/01_config.ipynb #f0ed7ded
 @strict_fields
 @dataclass
@@ -517,6 +456,13 @@ class CacheSettings(Config):
     weight: float = 0.5  # of what the neighbours say, 0 to 1
     whiten: bool = True  # first, if the model has a whitening for the modality
 
+    def validate_settings(self) -> None:
+        "A temperature of at least 0, and a weight from 0 to 1."
+        if self.temperature < 0:
+            refuse("temperature", shown(self.temperature), "a number of at least 0")
+        if not 0 <= self.weight <= 1:
+            refuse("weight", shown(self.weight), "a number from 0 to 1")
+
 
 @strict_fields
 @dataclass
@@ -529,5 +475,4 @@ class ModelConfig(Config):
     inputs: InputConfig = field(default_factory=InputConfig)
     bind: BindConfig = field(default_factory=BindConfig)
     layers: int | None = None  # decoder layers that are injected, counted from the last; None: all
-    template: PromptTemplate = field(default_factory=PromptTemplate)
     cache: CacheSettings = field(default_factory=CacheSettings)

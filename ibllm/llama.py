@@ -86,11 +86,22 @@ class _TakesGatedValues:
         others = {name: value for name, value in model_kwargs.items() if name != "gated_values"}
         super()._validate_model_kwargs(others)  # pyright: ignore[reportAttributeAccessIssue]
 
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        "For pickle and copy, which cannot find a class that is made while the program runs."
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_made_anew, (type(self).__bases__[1],), *state)
+
 
 @cache
 def _injectable(kind: type) -> type:
     "`kind` with `_TakesGatedValues` mixed in, under the same name."
     return type(kind.__name__, (_TakesGatedValues, kind), {"__module__": kind.__module__})
+
+
+def _made_anew(kind: type) -> Any:
+    "An object of `kind` with `_TakesGatedValues` mixed in, empty: pickle and copy fill it."
+    injectable = _injectable(kind)
+    return injectable.__new__(injectable)
 
 
 def _attentions(llm: nn.Module) -> list[Any]:

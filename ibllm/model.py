@@ -33,16 +33,18 @@ from .bind import BindNetwork
 from .cache import VisualCache, Whitening
 from .config import MODALITIES, TOWER_OF, CacheSettings, ModelConfig
 from .encoders import ImageBind, encoder_fingerprint
-from .files import make_folder, refuse, shown
+from .files import loading, make_folder, refuse, shown
 from .inputs.processor import Processor
 from ibllm.llama import (
     GatedInjection,
     base_fingerprint,
     base_model,
     check_base,
+    check_values,
     enable_injection,
     merged,
     quiet,
+    value_fingerprint,
 )
 from ibllm.saving import (
     HUB_OPTIONS,
@@ -137,9 +139,12 @@ def as_messages(prompt: str | tuple | list) -> list[dict]:
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str | tuple | list) -> str:
-    "What the language model reads of a `prompt`, in the `tokenizer`'s chat template."
+    """What the language model reads of a `prompt`, in the `tokenizer`'s chat template.
+
+    Raises ValueError for what is no prompt, and for a template that cannot make a text of it."""
     messages = as_messages(prompt)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    with loading("tokenizer: its chat template", "one that makes a text of these messages"):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return cast(str, text)
 
 
@@ -351,6 +356,12 @@ class ImageBindLLM(nn.Module):
         self.llm = cast(PreTrainedModel, enable_injection(llm))
         self.eval()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        "As every module's; another language model brings other value matrices, to be recognised."
+        super().__setattr__(name, value)
+        if name == "llm":
+            self._values = value_fingerprint(value)
+
     @property
     def cache(self) -> VisualCache | None:
         "The visual cache; giving the model one that does not fit its encoder raises ValueError."
@@ -508,11 +519,13 @@ class ImageBindLLM(nn.Module):
             count = options.get(name)
             if count is not None and (type(count) is not int or count < 1):
                 refuse(name, shown(count), "a whole number of at least 1")
+        check_values(self.llm, self._values)
         prompts = prompts if isinstance(prompts, list) else [prompts]
         values = None if features is None else self.gated_values(features, scale)
         if values is not None:
             prompts = prompts * len(values) if len(prompts) == 1 else prompts
-            values = values.expand(len(prompts), -1, -1, -1) if len(values) == 1 else values
+            if len(values) == 1:
+                values = values.expand(len(prompts), *values.shape[1:])
             if len(values) != len(prompts):
                 got = f"{len(prompts)} for {len(values)} inputs"
                 refuse("prompts", got, "one, or one for each input")
@@ -592,13 +605,15 @@ class ImageBindLLM(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model to `folder`, for `load` to read.
 
-        Raises ValueError if LoRA is merged into the language model, or if that is quantised."""
+        Raises ValueError if LoRA is merged into the language model, or was merged into its value
+        matrices for good, or if the language model is quantised."""
         if getattr(base_model(self.llm), "is_quantized", False):
             wants = (
                 "floats; load the model without `quantization_config` to save it "
                 "(`llm.save_pretrained` writes LoRA alone)"
             )
             refuse("llm", "quantised weights", wants)
+        check_values(self.llm, self._values)
         folder = make_folder(folder)
         with quiet(), tempfile.TemporaryDirectory(dir=folder) as temporary:
             self._write_parts(Path(temporary))

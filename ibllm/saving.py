@@ -144,7 +144,7 @@ def write_config(config: ModelConfig, fingerprint: str | None, path: Path) -> No
     """Write `config` without its inputs, which the processor keeps, and the language model's
     `fingerprint`."""
     values = {"model_type": "ibllm"} | config.to_dict() | {"fingerprint": fingerprint}
-    del values["inputs"], values["template"]
+    del values["inputs"]
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 

@@ -1,4 +1,5 @@
-"What an input may cost at most, for the tests of bad input: seconds, and memory where Linux tells it."
+"""What an input may cost at most, for the tests of bad input: seconds, and memory where Linux tells
+it."""
 
 import re
 import time
@@ -9,7 +10,8 @@ LINUX = Path("/proc/self/clear_refs").exists()
 
 
 def resident(field="VmRSS"):
-    "KiB of this process that are in memory now (VmRSS), or were at most since the peak was reset (VmHWM)."
+    """KiB of this process that are in memory now (VmRSS), or were at most since the peak was reset
+    (VmHWM)."""
     return int(
         re.search(rf"^{field}:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1]
     )

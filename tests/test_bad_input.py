@@ -1,8 +1,9 @@
-"""Whatever is wrong, the answer is one line: which argument, what came, what is wanted. Quickly, in little memory.
+"""Whatever is wrong, the answer is one line: which argument, what came, what is wanted. Quickly, in
+little memory.
 
-Files of pictures, sounds and the like have tables of their own, in test_inputs_bad.py and test_inputs_hypothesis.py.
-Here is the rest of the public surface: prompts, weights, settings, folders, weights files, indexes, results.
-"""
+Files of pictures, sounds and the like have tables of their own, in test_inputs_bad.py and
+test_inputs_hypothesis.py. Here is the rest of the public surface: prompts, weights, settings,
+folders, weights files, indexes, results."""
 
 import inspect
 import json
@@ -36,7 +37,6 @@ from ibllm.config import (
     CacheSettings,
     InputConfig,
     ModelConfig,
-    PromptTemplate,
     TowerConfig,
     VisionConfig,
 )
@@ -73,9 +73,11 @@ def stored(folder):
 
 
 def refusal(call, folder):
-    """The error's text that `call` ends with, or None for none; checks what holds for every error of the package.
+    """The error's text that `call` ends with, or None for none; checks what holds for every error
+    of the package.
 
-    It is raised by a line of the package, is one line, and comes soon, in little memory, leaving `folder` as it was."""
+    It is raised by a line of the package, is one line, and comes soon, in little memory, leaving
+    `folder` as it was."""
     files = stored(folder)
     try:
         with within(), warnings.catch_warnings():
@@ -102,7 +104,8 @@ def answer(model):
     return model.generate({"image": BALL}, "what is it ?")
 
 
-# Requests: what is asked, of what, how loudly. Each row: the start of the error, then the arguments of `generate`
+# Requests: what is asked, of what, how loudly.
+# Each row: the start of the error, then the arguments of `generate`.
 
 ASK = "what is it ?"
 PROMPTS = [
@@ -135,7 +138,7 @@ ENTRIES = [
 ]
 WEIGHTS = [-1, float("nan"), float("inf"), -float("inf"), 0]
 CACHES = ["yes", 5, True, {"image": {"k": 3}}, {"k": 3}, {"audio": False}]
-SETTINGS = [
+CACHE_SETTINGS = [
     ("k: ", {"k": 0}),
     ("k: ", {"k": 10**9}),
     ("k: ", {"k": -1}),
@@ -194,12 +197,22 @@ OPTIONS += [
 ]
 
 
-@pytest.mark.parametrize("start, values", SETTINGS)
+@pytest.mark.parametrize("start, values", CACHE_SETTINGS)
 def test_cache_settings(start, values, model, tmp_path):
     said = refusal(
         lambda: model.generate({"image": BALL}, ASK, cache=CacheSettings(**values)), tmp_path
     )
     assert said.startswith(start)
+
+
+TEMPLATES = ["{{ 1 / 0 }}", "{% for %}", "{{ raise_exception('no') }}", "{{ messages.x.y }}"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_chat_templates(template, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)
+    said = refusal(lambda: model.generate({}, ASK), tmp_path)
+    assert said.startswith("tokenizer: got its chat template, which cannot be loaded")
 
 
 @pytest.mark.parametrize("number", range(len(REQUESTS)))
@@ -421,21 +434,6 @@ SETTINGS += [
     ("num_blocks", lambda: BindConfig(num_blocks=10**6)),
     ("norm", lambda: BindConfig(norm=5)),
 ]
-TEMPLATES = [
-    "{instruction:>9999999999}",
-    "{instruction.__class__}",
-    "{instruction[0]}",
-    "{instruction!r}",
-    "{",
-    "",
-    "{0}",
-    "{other}",
-    "{instruction}{other}",
-    5,
-    None,
-    "{instruction:{instruction}}",
-]
-SETTINGS += [("alone", lambda t=template: PromptTemplate(alone=t)) for template in TEMPLATES]
 
 
 @pytest.mark.parametrize("number", range(len(SETTINGS)))
@@ -570,7 +568,8 @@ def hostile(tmp_path_factory):
 
 
 NAMES = (
-    "empty byte noise zeros json list deep half page pickle hostile inside bomb climbing tensor number huge_claim "
+    "empty byte noise zeros json list deep half page pickle hostile inside bomb climbing "
+    "tensor number huge_claim "
     "claim all outside backwards shape negative kind offsets"
 ).split()
 

@@ -456,6 +456,7 @@ sys.exit(died)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_killed_build_goes_on_to_the_same_bytes(form, tmp_path, monkeypatch):
     "Killed again and again, at lines of code drawn by chance, until one attempt lives to the end."
@@ -750,6 +751,7 @@ print(private() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 @pytest.mark.parametrize("form", ["exact", "half", "8bit", "ivf-8bit", "hnsw"])
 def test_a_mapped_memory_stays_in_its_file(form, tmp_path):

@@ -19,7 +19,6 @@ from ibllm.config import (
     ImageBindConfig,
     InputConfig,
     ModelConfig,
-    PromptTemplate,
     TextConfig,
     TowerConfig,
     VisionConfig,
@@ -132,8 +131,8 @@ TOGETHER = [
     (TowerConfig, "logit_scale", 0),
     (TextConfig, "logit_scale", None),
     (BindConfig, "num_blocks", 1001),
-    (PromptTemplate, "alone", "{instruction:>9999999999}"),
-    (PromptTemplate, "with_context", "{instruction}"),
+    (CacheSettings, "temperature", -1.0),
+    (CacheSettings, "weight", 1.5),
 ]
 
 

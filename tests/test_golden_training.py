@@ -20,9 +20,8 @@ from ibllm.checkpoints.adapter import (
     with_biases,
 )
 from ibllm.checkpoints.weights import translate
-from ibllm.config import PromptTemplate
 from ibllm.llama import enable_injection
-from ibllm.model import mix
+from ibllm.model import ALPACA, mix, prompt_text
 from ibllm.objectives import (
     IGNORE,
     NextTokenLoss,
@@ -59,7 +58,8 @@ def test_tokens_and_labels(item, words):
     instruction, context, answer = released_exercise(item["source"])
     if not item["has_image"]:
         instruction = str((instruction,))  # the released code's mistake
-    prompt = PromptTemplate()(instruction, context)
+    words.chat_template = ALPACA
+    prompt = prompt_text(words, (instruction, context)).removeprefix(words.bos_token or "")
     assert prompt == item["official_prompt_text"]
     example = released_example(words, prompt, answer, item["max_words"])
     tokens, labels, mask = (EXPECTED[f"{item['key']}/{part}"] for part in PARTS)

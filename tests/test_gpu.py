@@ -1,4 +1,5 @@
-"On an NVIDIA GPU: what the processor says, training that can be continued, and memories that FAISS searches there."
+"""On an NVIDIA GPU: what the processor says, training that can be continued, and memories that
+FAISS searches there."""
 
 import faiss
 import pytest

@@ -155,6 +155,7 @@ def test_a_request_leaves_nothing_behind(model, requests):
     assert threading.active_count() == threads and torch.is_grad_enabled()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not LINUX, reason="reads memory from Linux")
 def test_memory_stays_flat_over_a_thousand_requests(model, requests):

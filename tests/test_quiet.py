@@ -1,4 +1,5 @@
-"Importing is quiet: no network, no GPU, no display, no home folder, nothing printed. And the tests have no network."
+"""Importing is quiet: no network, no GPU, no display, no home folder, nothing printed. And the
+tests have no network."""
 
 import os
 import socket
@@ -8,7 +9,8 @@ import textwrap
 
 import pytest
 
-ROOMS = "files config bind inputs llama encoders shards cache objectives training saving model evaluation figures".split()
+ROOMS = "files config bind inputs llama encoders shards cache objectives training saving model"
+ROOMS = [*ROOMS.split(), "evaluation", "figures"]
 MODULES = [
     *ROOMS,
     "checkpoints",
@@ -23,20 +25,24 @@ import os, sys
 home, touched = os.environ["HOME"], []
 
 def watch(event, arguments):
-    if event.startswith("socket.") and event != "socket.__new__": touched.append((event, str(arguments[1:])))
+    if event.startswith("socket.") and event != "socket.__new__":
+        touched.append((event, str(arguments[1:])))
     if event in ("open", "os.listdir", "os.scandir", "os.mkdir", "os.remove") and arguments:
         name = arguments[0]
-        if isinstance(name, (str, bytes)) and os.fsdecode(name).startswith(home): touched.append((event, name))
+        if isinstance(name, (str, bytes)) and os.fsdecode(name).startswith(home):
+            touched.append((event, name))
     if event in ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.posix_spawn"):
-        looks = "ldconfig", "lscpu"                                        # CUDA's torch does, and old NumPy
-        if not any(name in str(arguments) for name in looks): touched.append((event, str(arguments)))
+        looks = "ldconfig", "lscpu"  # CUDA's torch does, and old NumPy
+        if not any(name in str(arguments) for name in looks):
+            touched.append((event, str(arguments)))
 
 sys.addaudithook(watch)
 """
 
 
 def watched(code, home, **env):
-    "What a new Python touches and prints while it runs `code`, with `home` as its home folder and no display."
+    """What a new Python touches and prints while it runs `code`, with `home` as its home folder and
+    no display."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -66,19 +72,22 @@ def fonts(tmp_path_factory):
     return dict(MPLCONFIGDIR=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_importing_a_module_touches_nothing(module, tmp_path, fonts):
     assert watched(f"import ibllm.{module}", tmp_path / "absent", **fonts) == []
     assert not (tmp_path / "absent").exists()
 
 
+@pytest.mark.slow
 def test_importing_initialises_no_gpu(tmp_path, fonts):
     code = f"""
         import torch
         {"; ".join(f"import ibllm.{module}" for module in MODULES)}
         assert not torch.cuda.is_initialized()
         import matplotlib
-        touched += [name for name in ("tkinter", "PyQt6", "PyQt5", "gi", "wx") if name in sys.modules]
+        screens = ("tkinter", "PyQt6", "PyQt5", "gi", "wx")
+        touched += [name for name in screens if name in sys.modules]
     """
     assert watched(code, tmp_path / "absent", **fonts) == []
 

@@ -1,4 +1,5 @@
-"The repository keeps its own promises: package, notebooks, metadata and README agree with one another."
+"""The repository keeps its own promises: package, notebooks, metadata and README agree with one
+another."""
 
 import ast
 import importlib.metadata
@@ -67,7 +68,8 @@ def outputs(path):
 # The rooms of the package, from the ground up; a room imports only from rooms before it
 ROOMS = """
 files config bind
-inputs.sources inputs.image inputs.video inputs.text inputs.audio inputs.point inputs.maps inputs.imu inputs.processor inputs
+inputs.sources inputs.image inputs.video inputs.text inputs.audio inputs.point inputs.maps
+inputs.imu inputs.processor inputs
 llama
 encoders shards cache
 objectives training
@@ -75,13 +77,15 @@ saving model evaluation figures
 checkpoints.weights checkpoints.imagebind checkpoints.adapter checkpoints.official checkpoints
 explorer.show explorer.widgets explorer
 toyland.world toyland.sensors toyland.recipes toyland.scoring toyland.pictures toyland
-experiments.figures_cache experiments.figures_space experiments.figures_training experiments.figures_paper experiments
+experiments.figures_cache experiments.figures_space experiments.figures_training
+experiments.figures_paper experiments
 """.split()
 ABOVE_TOYLAND = ("toyland", "experiments")
 
 
 def room_of(path):
-    "The name of a file of the package as a room: `inputs.audio`, `cache`; a folder's `__init__` is the folder."
+    """The name of a file of the package as a room: `inputs.audio`, `cache`; a folder's `__init__`
+    is the folder."""
     parts = path.relative_to(ROOT / "ibllm").with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
@@ -163,7 +167,8 @@ def test_no_room_below_toyland_imports_toyland():
 
 @pytest.mark.parametrize("room", ["bind", "llama", "encoders", "cache", "training"])
 def test_the_core_needs_no_decoders_of_files(room):
-    code = f"import ibllm.{room}, sys; print(*sorted({{'av', 'soundfile', 'trimesh'}} & sys.modules.keys()))"
+    decoders = "{'av', 'soundfile', 'trimesh'}"
+    code = f"import ibllm.{room}, sys; print(*sorted({decoders} & sys.modules.keys()))"
     assert run(sys.executable, "-c", code).split() == []
 
 
@@ -183,6 +188,16 @@ def test_notebook_folders_mirror_package_folders():
     assert set(rooms.values()) == set(ROOMS) - folders
 
 
+def packages_of(module, homes):
+    "The packages that bring `module`, as requirements call them."
+    return {home.lower().replace("_", "-") for home in homes.get(module, [module])}
+
+
+def padded(release):
+    "The first three numbers of a release."
+    return (release.split(".") + ["0"])[:3]
+
+
 def test_settings_name_every_requirement():
     lines = f"{settings()['requirements']} {settings()['exr_requirements']}".split()
     named = {re.split("[<>=]", line)[0].replace("_", "-") for line in lines}
@@ -191,8 +206,7 @@ def test_settings_name_every_requirement():
         used = (
             {module.split(".")[0] for module in imports(path)} - sys.stdlib_module_names - {"ibllm"}
         )
-        homes_of = lambda name: {home.lower().replace("_", "-") for home in homes.get(name, [name])}
-        unnamed = {name for name in used if named.isdisjoint(homes_of(name))}
+        unnamed = {name for name in used if named.isdisjoint(packages_of(name, homes))}
         assert not unnamed, f"{path.name} imports {unnamed}, which settings.ini does not require"
 
 
@@ -327,6 +341,13 @@ def test_readme_commands_and_links_exist():
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
+@pytest.mark.slow
+def test_readme_code_runs_as_written():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) == 2
+    assert run(sys.executable, "-c", "".join(blocks)).startswith("['a bell']\n")
+
+
 def test_licence_is_apache():
     assert settings()["license"] == "Apache-2.0"
     assert re.match(
@@ -350,7 +371,6 @@ def test_the_oldest_releases_are_the_lower_bounds():
     bounds = dict(line.split(">=") for line in settings()["requirements"].split())
     lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
     oldest = dict(line.split("==") for line in lines if not line.startswith("#"))
-    padded = lambda release: (release.split(".") + ["0"])[:3]
     assert {name: padded(release) for name, release in bounds.items()} == {
         name: padded(release) for name, release in oldest.items()
     }

@@ -126,7 +126,7 @@ def stage_two(folder):
 
 
 def features(folder):
-    recipes.BUILD.append(folder)
+    recipes.build_in(folder)
     things, found = picture_features(load("toyland"), "validation", size=600)
     return dict(features=found), [], [things.words(0)]
 

@@ -44,32 +44,22 @@ def load_official(
     `VisualCache.load`, or loaded. `tokenizer` is LLaMA's, found in its folder if None;
     `text_tokenizer` is CLIP's, without which text is no input modality: each loaded, a folder or a
     Hub id. ValueError if parts disagree."""
-    if tokenizer is None:
-        if isinstance(llama, nn.Module):
-            refuse("tokenizer", "none", "LLaMA's, which is not part of a loaded `llama`")
-        tokenizer = llama
-    words = _loaded(tokenizer)
+    if tokenizer is None and isinstance(llama, nn.Module):
+        refuse("tokenizer", "none", "LLaMA's, which is not part of a loaded `llama`")
+    words = _loaded(llama if tokenizer is None else tokenizer)
     encoder, adapted = load_imagebind(imagebind, config), load_adapter(adapter, llama, dtype)
     _check_parts(encoder, adapted, words)
-    sizes = ModelConfig(
-        encoder=encoder.config, bind=_bind_config(adapted.bind), layers=len(adapted.injection.gates)
-    )
-    model = ImageBindLLM(
-        sizes,
-        adapted.llm,
-        words,
-        text_tokenizer=None if text_tokenizer is None else _loaded(text_tokenizer),
-        encoder=encoder,
-        cache=VisualCache.load(knn) if isinstance(knn, (str, Path)) else knn,
-        bind=adapted.bind,
-        injection=adapted.injection,
-    )
+    llm, bind, injection = adapted
+    sizes = ModelConfig(encoder.config, bind=_bind_config(bind), layers=len(injection.gates))
+    cache = VisualCache.load(knn) if isinstance(knn, (str, Path)) else knn
+    text_words = _loaded(text_tokenizer)
+    model = ImageBindLLM(sizes, llm, words, text_words, encoder, cache, bind, injection)
     base_model(model.llm).generation_config = _generation_config(model.tokenizer)
     return model.eval()
 
 # %% ../../nbs/checkpoints/03_official.ipynb #2e2cc479
-def _loaded(tokenizer: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    "`tokenizer` itself, or the one in that folder or Hub repository."
+def _loaded(tokenizer: Any) -> Any:
+    "`tokenizer` itself, also if it is None, or the one in that folder or Hub repository."
     return load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
 
 
