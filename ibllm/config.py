@@ -476,3 +476,14 @@ class ModelConfig(Config):
     bind: BindConfig = field(default_factory=BindConfig)
     layers: int | None = None  # decoder layers that are injected, counted from the last; None: all
     cache: CacheSettings = field(default_factory=CacheSettings)
+
+    @property
+    def use_cache(self) -> bool:
+        """False: whether keys and values are kept, a request says to `generate`.
+
+        transformers' Trainer sets this on any model's configuration; here it changes nothing."""
+        return False
+
+    @use_cache.setter
+    def use_cache(self, value: bool) -> None:
+        pass

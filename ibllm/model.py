@@ -471,12 +471,21 @@ class ImageBindLLM(nn.Module):
         bound = self.bind(features.to(self.bind.project.weight))  # [B, hidden_size]
         return scale * self.injection.gated_values(bound, self.llm)
 
-    def forward(self, input_ids: Tensor, features: Tensor | None = None, **options: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor,
+        features: Tensor | None = None,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
         """The language model's output for `input_ids` [B, T] with `features` [B, D] injected.
 
-        `options` go to its `forward`; with `labels` [B, T] among them the output has a `loss`."""
+        With `labels` [B, T] it has a `loss`; a label of -100 is not learned. `attention_mask` [B,
+        T] and all `options` go to the language model's `forward`."""
         values = None if features is None else self.gated_values(features)
-        return self.llm(input_ids=input_ids, gated_values=values, **options)
+        given = {"labels": labels, "attention_mask": attention_mask, **options}
+        return self.llm(input_ids=input_ids, gated_values=values, **given)
 
     def tokenize(self, prompts: list) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, int64 [B, T], of prompts in the chat template, padded

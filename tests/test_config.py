@@ -182,4 +182,4 @@ def test_unknown_fields_cannot_be_set():
 
 
 def test_no_class_is_forgotten():
-    assert len(CLASSES) == 15 and all(map(is_dataclass, CLASSES))
+    assert len(CLASSES) == 14 and all(map(is_dataclass, CLASSES))

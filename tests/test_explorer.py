@@ -571,7 +571,7 @@ def upload(explorer, content):
     "upset, words",
     [
         (lambda e: setattr(e.question, "value", " "), "prompts: got"),
-        (lambda e: upload(e, b"<b>no"), "a.png: got what cannot be read"),
+        (lambda e: upload(e, b"<b>no"), "a.png: got no known picture format"),
         (lambda e: upload(e, b""), "a.png: got an empty file"),
     ],
     ids=["no question", "no picture", "empty file"],
