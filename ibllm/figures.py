@@ -9,6 +9,7 @@ __all__ = ['MODALITY_COLOURS', 'STYLE', 'COLUMN', 'PAGE', 'UNDATED', 'style', 's
 import textwrap
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -47,7 +48,7 @@ def style() -> None:
     "Use the project's matplotlib style from here on."
     # a notebook can show figures only after this, or after its first plot
     plt.switch_backend(plt.get_backend())
-    plt.rcParams.update(STYLE)
+    plt.rcParams.update(cast(Any, STYLE))
 
 # %% ../nbs/12_figures.ipynb #06f2b7e9
 UNDATED = {"pdf": {"CreationDate": None}, "png": {"Software": None}}  # formats and metadata

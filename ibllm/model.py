@@ -6,10 +6,10 @@
 __all__ = ['ALPACA', 'Setting', 'mix', 'is_text', 'as_messages', 'prompt_text', 'prompt_ids', 'read_messages', 'ImageBindLLM',
            'load', 'answer_all']
 
-# %% ../nbs/10_model.ipynb #ae58b889
+# %% ../nbs/10_model.ipynb #0e61c0c7
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -240,7 +240,7 @@ def _using(options: dict) -> Iterator[None]:
 # %% ../nbs/10_model.ipynb #612a55bf
 def _pieces(
     llm: Any, streamer: TextIteratorStreamer, request: dict, options: dict
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     "Run `llm.generate(**request)` in a thread and yield what arrives at `streamer`."
     abandoned, errors = Event(), []
 
@@ -588,7 +588,7 @@ class ImageBindLLM(nn.Module):
         cache: Setting | dict[str, Setting] = None,
         scale: float = 1.0,
         **options: Any,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Pieces of the text that `generate` gives for one request, as they come.
 
         Raises ValueError for several requests. Closing the iterator stops the language model."""

@@ -14,7 +14,7 @@ from base64 import b64encode
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from ..cache import Retrieved, VisualCache
 from ..config import MODALITIES, InputConfig
@@ -153,7 +154,9 @@ def show_input(
     `play` a sound begins by itself. Raises what the processor does."""
     x, config = processor(modality, source)[0], processor.config
     if modality == "text":
-        return f"<q>{escape(processor.tokenizer.decode(x, skip_special_tokens=True).strip())}</q>"
+        tokenizer = cast(PreTrainedTokenizerBase, processor.tokenizer)
+        words = cast(str, tokenizer.decode(x, skip_special_tokens=True))
+        return f"<q>{escape(words.strip())}</q>"
     if modality == "image":
         return img_tag(png(pixels(x, config)), words)
     if modality in MAP_COLOURS:
@@ -191,7 +194,8 @@ def neighbours(
     `temperature` out of range."""
     if model.cache is None:
         refuse("model", "one without a cache", "a `VisualCache` in `model.cache`")
-    return model.cache.retrieve(model.prepare(inputs, weights, cache=False), k, temperature)
+    feature = cast(Tensor, model.prepare(inputs, weights, cache=False))
+    return model.cache.retrieve(feature, k, temperature)
 
 # %% ../../nbs/explorer/00_show.ipynb #b8484856
 def draw_neighbours(axes: Axes, found: Retrieved, pictures: Tensor | None = None) -> None:
@@ -266,10 +270,10 @@ def next_tokens(
     and `cache` as in `ImageBindLLM.prepare`. Raises ValueError for no scales, or infinite ones."""
     if not len(scales):
         refuse("scales", "none", "at least one finite number")
-    feature = model.prepare(inputs, weights, cache)
+    feature = cast(Tensor, model.prepare(inputs, weights, cache))
     values = torch.cat([model.gated_values(feature, scale) for scale in scales])
     request = model.request(feature, question, scales[-1])
-    ids = base_model(model.llm).generate(**request)  # [1, T], question and answer
+    ids = cast(Any, base_model(model.llm)).generate(**request)  # [1, T], question and answer
     start = request["input_ids"].shape[1]
     output = model.llm(ids.expand(len(scales), -1), gated_values=values)
     logits = output.logits[:, start - 1 : -1]  # [scales, answer, vocabulary]

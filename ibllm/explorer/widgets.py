@@ -176,7 +176,7 @@ class CacheRow(HBox):
     def __init__(self, model: ImageBindLLM) -> None:
         self.usual = model.config.cache
         none = model.cache is None
-        most = 1 if none else min(len(model.cache), 100)
+        most = 1 if model.cache is None else min(len(model.cache), 100)
         self.use = labelled(Checkbox, "cache", "290px", not none, disabled=none, indent=False)
         slider = {"continuous_update": False, "disabled": none}
         k, heat, weight = min(self.usual.k, most), self.usual.temperature, self.usual.weight
@@ -254,7 +254,8 @@ class Given(HBox):
         figure = draw_cloud(self.processor("point", source)[0])
         if not self.cloud.children:
             self.cloud.children = [Plot(figure)]
-        new, [plot] = figure.data[0], self.cloud.children
+        new: Any = figure.data[0]
+        [plot] = self.cloud.children
         with plot.batch_update():
             plot.data[0].update(x=new.x, y=new.y, z=new.z, marker_color=new.marker.color)
 
@@ -278,7 +279,7 @@ class MapPanel(VBox):
         add: Callable[[int, int, int], None],
     ) -> None:
         self.atlas, self.processor, self.ask, self.add = atlas, processor, ask, add
-        self.figure = Plot(plot_map(atlas))
+        self.figure: Any = Plot(plot_map(atlas))  # plotly's own types are too wide
         self.terms: dict[str, int] = {}  # recordings chosen for a, b and c
         self.shown: tuple[int, bool] | None = None  # the recording wanted, and whether it plays
         self.showing = Lock()
@@ -375,7 +376,7 @@ class MapPanel(VBox):
         if self.action.index == 0:
             self.ask(self.atlas.modality(i), NamedBytes(self.atlas.read(i), self.atlas.words[i]))
             return
-        self.terms[self.action.value] = i
+        self.terms[str(self.action.value)] = i
         known = [self.terms[name] for name in sorted(self.terms)]
         self._put_trace("a − b + c", self.atlas.places[known], sorted(self.terms))
         self.sum.value = "<br>".join(self._term_lines())
@@ -473,8 +474,8 @@ class Explorer(VBox):
         self.worker: Thread | None = None
         self.pictures: Tensor | None = None
         self.found = None  # what the memory answered last
-        self.located: list[Tensor] = []  # the mixture, and its enhanced form
-        self.map: MapPanel | None = None
+        self.located: list[Any] = []  # the mixture, and its enhanced form
+        self.map: Any = None  # a MapPanel, once there is an atlas
         self._make_controls(samples, question)
         self._make_outputs()
         self._connect()

@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -183,9 +183,9 @@ def toyland_llm(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> LlamaForCa
         attention_bias=True,
         mlp_bias=True,
         tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=cast(int, tokenizer.pad_token_id),
+        bos_token_id=cast(int, tokenizer.bos_token_id),
+        eos_token_id=cast(int, tokenizer.eos_token_id),
     )
     llm = LlamaForCausalLM(config)
     for name, p in llm.named_parameters():
@@ -371,7 +371,7 @@ def train_stages(
     fit(stage_one, data, recipe, f"stage 1, seed {seed}", checkpoint)
     set_seed(seed)
     stage_two = prepare_stage_two(model.llm, model.bind, model.injection)
-    model.llm = stage_two.llm
+    model.llm = cast(PreTrainedModel, stage_two.llm)
     data = instruction_pairs(things, tokenizer, features, seed)
     recipe, checkpoint = recipe_for("stage_two", seed), folder / f"stage_two_{seed}.pt"
     fit(stage_two, data, recipe, f"stage 2, seed {seed}", checkpoint)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -568,7 +568,7 @@ def _write_audio(path: Path, wave: Any) -> None:
 
 def _write_point(path: Path, cloud: Any) -> None:
     points = trimesh.PointCloud(np.asarray(cloud))
-    path.write_bytes(points.export(file_type="ply", encoding="ascii"))
+    path.write_bytes(cast(bytes, points.export(file_type="ply", encoding="ascii")))
 
 
 def _write_imu(path: Path, motion: Any) -> None:
