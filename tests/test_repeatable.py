@@ -106,6 +106,7 @@ def worked(folder, seed, **env):
     return files | dict(results=json.dumps({**measured, "seconds": 0, "peak_mb": 0}))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
     first = worked(tmp_path / "a", 1, PYTHONHASHSEED="1")

@@ -184,6 +184,7 @@ def train(server, *arguments, kill_after=None):
     return process.exitcode
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
 @pytest.mark.parametrize("kind", KINDS)
