@@ -26,6 +26,7 @@ from ibllm.files import (
     check_name,
     make_folder,
     project_folder,
+    read_record,
     refuse,
     shown,
     write_atomically,
@@ -229,10 +230,4 @@ def load_results(name: str, folder: Path | None = None) -> dict[str, Any]:
     file, way = f"results {path.name}", "run the notebook that writes it"
     if not path.is_file():
         refuse(file, "no such file", f"one; {way}", FileNotFoundError)
-    try:
-        found = json.loads(path.read_text(), parse_constant=int)  # which refuses NaN
-    except (ValueError, RecursionError) as error:
-        refuse(file, f"what is not JSON ({error})", f"an object; {way} again")
-    if not isinstance(found, dict):
-        refuse(file, f"a {type(found).__name__}", f"an object; {way} again")
-    return found
+    return read_record(path, file, f"a JSON object; {way} again")

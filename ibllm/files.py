@@ -83,18 +83,22 @@ def check_name(name: str) -> None:
         refuse("name", shown(name), "the name of a file: letters, digits, dots and dashes")
 
 # %% ../nbs/00_files.ipynb #4eda0667
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(
+    path: Path, name: str = "path", wants: str = "a record (a JSON object)"
+) -> dict[str, Any]:
     """The JSON object in `path`; {} if there is no such file.
 
-    Raises ValueError for what is no JSON object, and OSError for a file that cannot be read."""
+    `name` and `wants` are what a refusal says. Raises ValueError for what is no JSON object or
+    holds NaN or infinity, which JSON does not know, and OSError for a file that cannot be read."""
     if not path.exists():
         return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        # JSON's NaN and Infinity go to `int`, which refuses them
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
-        refuse("path", shown(path.name), "a record (a JSON object)")
+        refuse(name, shown(path.name), wants)
     return record
 
 # %% ../nbs/00_files.ipynb #5ea0b2b0

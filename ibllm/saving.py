@@ -32,7 +32,7 @@ def _tidy_adapter(folder: Path) -> None:
     order."""
     (folder / "README.md").unlink()
     path = folder / "adapter_config.json"
-    settings = json.loads(path.read_text())
+    settings = read_record(path)
     for name in ("target_modules", "exclude_modules"):
         if isinstance(settings[name], list):
             settings[name].sort()

@@ -22,6 +22,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import chain
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -673,7 +674,7 @@ def take_step(run: Run, batch: Mapping[str, Any]) -> float:
     Its noise depends on the recipe's seed and the number of the step only. Raises
     FloatingPointError for a loss that is not finite, in all processes at once."""
     accelerator, recipe, step = run.accelerator, run.recipe, len(run.history)
-    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
+    groups = list(chain.from_iterable(one.param_groups for one in run.optimizers))
     for group in groups:
         group["lr"] = learning_rate(step + 1, recipe.steps + 1, recipe.warmup, group["peak"])
     device = accelerator.device

@@ -258,6 +258,28 @@ def test_wheel_holds_the_package_and_the_trained_weights(tmp_path):
     assert any(name.endswith("/LICENSE") for name in held)
 
 
+@pytest.mark.slow
+def test_an_installed_wheel_works_from_another_folder(tmp_path):
+    "Every room of it can be imported, and the shipped model answers."
+    files = "settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"
+    project = copy_project(tmp_path, "ibllm", "data", *files)
+    pip = sys.executable, "-m", "pip"
+    run(*pip, "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", "wheels", ".", cwd=project)
+    [wheel] = (project / "wheels").glob("*.whl")
+    run(*pip, "install", "-q", "--no-deps", "--target", str(tmp_path / "home"), str(wheel))
+    (tmp_path / "elsewhere").mkdir()
+    code = f"""
+import importlib, sys
+sys.path.insert(0, {str(tmp_path / "home")!r})
+for room in {ROOMS}:
+    importlib.import_module("ibllm." + room)
+import ibllm
+assert ibllm.__file__.startswith({str(tmp_path / "home")!r}), ibllm.__file__
+print(ibllm.load("toyland").generate({{}}, "what is a bell for ?"))
+"""
+    assert run(sys.executable, "-c", code, cwd=tmp_path / "elsewhere").startswith("['")
+
+
 # The notebooks
 
 

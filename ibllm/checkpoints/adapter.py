@@ -36,7 +36,7 @@ from ibllm.checkpoints.weights import (
     read_weights,
     translate,
 )
-from ..files import loading, refuse, shown
+from ..files import loading, read_record, refuse, shown
 from ..llama import GatedInjection, base_model, check_base, enable_injection, read_llm
 
 # %% ../../nbs/checkpoints/02_adapter.ipynb #65257784
@@ -98,14 +98,11 @@ def _in_our_order(name: str, x: Tensor, config: Any, back: bool = False) -> Tens
 def _read_params(path: Path) -> dict[str, Any]:
     "Meta's `params.json`, or one line saying that it is none."
     whole = "dim", "n_layers", "n_heads"
-    try:
-        params = json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        params = None
-    if isinstance(params, dict) and all(isinstance(params.get(key, 1), int) for key in whole):
-        return params
-    got = f"{str(path)!r:.300}"
-    refuse("params.json", got, f"JSON with whole numbers for {', '.join(whole)}")
+    wants = f"JSON with whole numbers for {', '.join(whole)}"
+    params = read_record(path, "params.json", wants)
+    if not all(isinstance(params.get(key, 1), int) for key in whole):
+        refuse("params.json", f"{str(path)!r:.300}", wants)
+    return params
 
 # %% ../../nbs/checkpoints/02_adapter.ipynb #72ef2954
 NEEDED_PARAMS = {"dim", "n_layers", "n_heads", "norm_eps"}
