@@ -418,7 +418,7 @@ def test_results_that_cannot_be_written_leave_the_old_file(values, tmp_path):
 @pytest.mark.parametrize("text", ["", "{", '{"a": 1', "\x00"])
 def test_a_broken_results_file_is_named(text, tmp_path):
     (tmp_path / "one.json").write_text(text)
-    with pytest.raises(ValueError, match="results one.json: got 'one.json', wants a JSON object") as error:
+    with pytest.raises(ValueError, match="^results one.json: got .*, wants a JSON object") as error:
         load_results("one", tmp_path)
     assert "\n" not in str(error.value)
 
