@@ -60,6 +60,14 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.timeout(0))  # nbval has its own timeout for each cell
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_kept(tmp_path_factory):
+    "What tests build goes into a temporary folder, not into data/build."
+    from ibllm.toyland import recipes
+
+    recipes.build_in(tmp_path_factory.mktemp("build"))
+
+
 HERE, REACHED = (None, "", "localhost", "127.0.0.1", "::1"), []
 
 

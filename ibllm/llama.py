@@ -320,9 +320,14 @@ def value_fingerprint(llm: nn.Module) -> str | None:
 def check_values(llm: nn.Module, recorded: str | None) -> bool:
     """Whether `llm` could be compared with `recorded`, its own `value_fingerprint` of before.
 
+    Value matrices that learn may change; they are not compared.
+
     Raises ValueError if a value matrix changed since, by more than half precision rounds off:
     `merge_and_unload` changes it without leaving another trace. Costs one wait for a GPU, if the
     weights are there."""
+    projections: list[Any] = [_bare(attention.v_proj) for attention in _attentions(llm)]
+    if any(projection.weight.requires_grad for projection in projections):
+        return False
     found = value_fingerprint(llm)
     if not found or not recorded:
         return False

@@ -48,6 +48,7 @@ from ibllm.llama import (
 )
 from ibllm.saving import (
     HUB_OPTIONS,
+    PARTS,
     find_folder,
     load_llm,
     load_tokenizer,
@@ -167,6 +168,8 @@ def _read_part(part: Any, inputs: dict[str, Any]) -> str:
     Raises ValueError for another part, and for a second recording of a modality."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
+        if not is_text(part.get("text")):
+            refuse("messages", shown(part), "text as its `text`")
         return part["text"]
     if kind not in MODALITIES:
         wants = f"'text', or one of {', '.join(MODALITIES)}"
@@ -186,6 +189,8 @@ def read_messages(messages: list[dict]) -> tuple[dict[str, Any], list[dict]]:
     list of parts."""
     inputs: dict[str, Any] = {}
     plain = []
+    if messages == []:
+        refuse("messages", "an empty list", "at least one message")
     for message in messages if isinstance(messages, list) else [messages]:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             refuse("messages", shown(message), "a list of dicts with `role` and `content`")
@@ -196,6 +201,8 @@ def read_messages(messages: list[dict]) -> tuple[dict[str, Any], list[dict]]:
         if not is_text(text):
             refuse("messages", shown(content), "text in every message")
         plain.append({**message, "content": text})
+    if plain[-1]["role"] != "user":
+        refuse("messages", f"a last one by {shown(plain[-1]['role'])}", "the user's, to answer")
     return inputs, plain
 
 # %% ../nbs/10_model.ipynb #fe5ac992
@@ -254,7 +261,8 @@ def _pieces(
             errors.append(error)
             streamer.end()
 
-    criteria = StoppingCriteriaList([*request.pop("stopping_criteria", []), stop])
+    given = request.pop("stopping_criteria", None) or []
+    criteria = StoppingCriteriaList([*given, stop])
     thread = Thread(target=work, daemon=True)
     thread.start()
     try:
@@ -276,6 +284,11 @@ def _fitting_encoder(encoder: ImageBind | None, config: ModelConfig) -> ImageBin
     return encoder
 
 
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    "The shape of each of a module's tensors, by name."
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
 def _fitting_bind(bind: BindNetwork | None, config: ModelConfig, hidden: int) -> BindNetwork:
     "`bind`, if it leads from the joint space to `hidden` numbers; a new one for None."
     width = config.encoder.feature_dim
@@ -284,6 +297,10 @@ def _fitting_bind(bind: BindNetwork | None, config: ModelConfig, hidden: int) ->
     got = bind.project.in_features, bind.project.out_features
     if got != (width, hidden):
         refuse("bind", f"one from {got[0]} to {got[1]} numbers", f"from {width} to {hidden}")
+    with torch.device("meta"):
+        described = BindNetwork(width, hidden, **asdict(config.bind))
+    if _shapes(bind) != _shapes(described):
+        refuse("bind", "one of other blocks", "one as `config.bind` describes")
     return bind
 
 
@@ -308,6 +325,11 @@ def _check_cache(cache: VisualCache, encoder: ImageBind) -> None:
         refuse("cache", f"features of width {cache.width}", str(encoder.config.feature_dim))
     if "vision" in encoder.towers:
         cache.check_encoder(encoder_fingerprint(encoder.tower("image")))
+
+
+def _recognise_values(model: Any, _: Any) -> None:
+    "After weights were loaded into `model`: its value matrices are those that were meant."
+    model.llm = model.llm
 
 
 def _ready_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -354,6 +376,7 @@ class ImageBindLLM(nn.Module):
         self.bind = _fitting_bind(bind, config, sizes.hidden_size)
         self.injection = _fitting_injection(injection, config, sizes)
         self.llm = cast(PreTrainedModel, enable_injection(llm))
+        self.register_load_state_dict_post_hook(_recognise_values)
         self.eval()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -378,6 +401,11 @@ class ImageBindLLM(nn.Module):
         super().train(mode)
         self.encoder.eval()
         return self
+
+    def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
+        """Let the language model compute its layers anew in the backward pass: slower, in less
+        memory."""
+        self.llm.gradient_checkpointing_enable(*arguments, **options)
 
     @torch.no_grad()
     def embed(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -438,10 +466,12 @@ class ImageBindLLM(nn.Module):
         """
         if inputs is None:
             return None
-        if inputs == {}:
-            return torch.zeros(1, self.config.encoder.feature_dim)
         _check_inputs(inputs)
         _check_names("weights", weights or {}, inputs)
+        if not isinstance(cache, dict):
+            _check_setting(cache)
+        if inputs == {}:
+            return torch.zeros(1, self.config.encoder.feature_dim)
         shares = [(weights or {}).get(modality, 1.0) for modality in inputs]
         if not isinstance(cache, dict):
             features = self._whitened_features(inputs, dict.fromkeys(inputs, cache))
@@ -682,7 +712,10 @@ class ImageBindLLM(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             (Path(folder) / "README.md").write_text(self.card(name, results))
-            return str(api.upload_folder(repo_id=name, folder_path=folder, **options))
+            # What an earlier model left there would be loaded with this one.
+            stale = [*PARTS, *(f"{part}/*" for part in PARTS)]
+            upload = {"repo_id": name, "folder_path": folder, "delete_patterns": stale}
+            return str(api.upload_folder(**{**upload, **options}))
 
     def card(self, name: str, results: dict[str, Any] | None = None) -> str:
         "The model card for the repository `name`: what the model is made of, and `results`."

@@ -231,7 +231,7 @@ def tokenize_pairs(
     tails = tokenizer([f" {a}" for a in answers], add_special_tokens=False)["input_ids"]
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     rows = [[start, *head, *tail, end] for head, tail in zip(heads, tails)]
-    padding: Any = tokenizer.pad_token_id
+    padding: Any = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = torch.full((len(rows), max(map(len, rows))), padding)
     labels = torch.full_like(ids, IGNORE)
     for i, (row, head) in enumerate(zip(rows, heads)):
@@ -317,7 +317,7 @@ def prepare_stage_two(
 
     The rest is frozen. `llm` is wrapped with PEFT, which keeps the untuned norms beside the tuned
     ones; the wrapped model is the objective's `llm`. LoRA has `rank`, a scale of 1, and no dropout
-    (released code)."""
+    (released code). A model that PEFT wraps already is tuned further, with the LoRA it has."""
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(
@@ -327,8 +327,9 @@ def prepare_stage_two(
         bias="all",
         modules_to_save=TUNED_NORMS,
     )
-    with quiet():
-        llm = get_peft_model(llm, lora)
+    if not hasattr(llm, "peft_config"):
+        with quiet():
+            llm = get_peft_model(llm, lora)
     freeze(bind)
     freeze(injection)
     for name, p in llm.named_parameters():

@@ -41,10 +41,23 @@ def _tidy_adapter(folder: Path) -> None:
     path.write_text(json.dumps(used, indent=2))  # older PEFT knows fewer settings
 
 
+def _check_adapters(llm: nn.Module) -> None:
+    "Raise ValueError if `llm` has adapters that would be lost on saving."
+    if llm is base_model(llm):
+        parts = list(llm.modules())
+        if any(hasattr(part, "lora_A") or hasattr(part, "modules_to_save") for part in parts):
+            wants = "the wrapped one: `model.llm = objective.llm`"
+            refuse("llm", "LoRA in a model without PEFT's wrapper", wants)
+    elif (names := list(getattr(llm, "peft_config"))) != ["default"]:  # noqa: B009
+        refuse("llm", f"adapters {names}", "one, called 'default'")
+
+
 def save_llm(llm: PreTrainedModel, folder: Path) -> None:
     """Write `llm/` and, for a PEFT model, `lora/`.
 
-    Raises ValueError if LoRA is merged into the weights."""
+    Raises ValueError if LoRA is merged into the weights, if there is LoRA without PEFT's wrapper
+    around the model, and for other adapters than one called "default"."""
+    _check_adapters(llm)
     base_model(llm).save_pretrained(folder / "llm", state_dict=bare_weights(llm))
     if llm is base_model(llm):
         return

@@ -312,7 +312,13 @@ def progress_display(title: str, steps: int) -> LossPicture | ProgressBar:
 
 # %% ../nbs/08_training.ipynb #b963b620
 def _raw(value: object) -> Any:
-    "The bytes that a value is digested by: a tensor's own, or those of its `repr`."
+    """The bytes that a value is digested by: a tensor's own, or those of its `repr`.
+
+    A `repr` leaves out the middle of large tensors and arrays, so lists of these go one by one."""
+    if isinstance(value, list) and any(isinstance(one, (Tensor, np.ndarray)) for one in value):
+        return b"".join(hashlib.sha256(_raw(one)).digest() for one in value)
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}".encode() + value.tobytes()
     if not isinstance(value, Tensor):
         return repr(value).encode()
     flat = value.detach().cpu().reshape(-1)  # [numbers]
@@ -360,7 +366,9 @@ def examples_of(data: Any) -> Mapping[str, Any]:
     if isinstance(data, Columns):
         return data.columns
     places = torch.linspace(0, len(data) - 1, min(16, len(data)))
-    return read_rows(data, places.long().tolist())
+    with torch.random.fork_rng(devices=[]):  # rows that draw noise must draw the same again
+        set_seed(0)
+        return read_rows(data, places.long().tolist())
 
 
 def provenance(objective: nn.Module, recipe: Recipe, data: Any) -> dict[str, str]:
@@ -672,7 +680,7 @@ def take_step(run: Run, batch: Mapping[str, Any]) -> float:
     """One optimisation step of `run` on `batch`; returns the loss, the mean over all processes.
 
     Its noise depends on the recipe's seed and the number of the step only. Raises
-    FloatingPointError for a loss that is not finite, in all processes at once."""
+    FloatingPointError for a loss or a gradient that is not finite, in all processes at once."""
     accelerator, recipe, step = run.accelerator, run.recipe, len(run.history)
     groups = list(chain.from_iterable(one.param_groups for one in run.optimizers))
     for group in groups:
@@ -691,7 +699,10 @@ def take_step(run: Run, batch: Mapping[str, Any]) -> float:
     learned = []
     for group in groups:
         learned += group["params"]
-    accelerator.clip_grad_norm_(learned, recipe.clip)
+    norm = accelerator.clip_grad_norm_(learned, recipe.clip)
+    if norm is not None and accelerator.scaler is None and not math.isfinite(float(norm)):
+        got, wants = f"a norm of {float(norm)} at step {step}", "a finite one; lower the rate"
+        refuse("gradient", got, wants, FloatingPointError)
     for optimizer in run.optimizers:
         optimizer.step()
     return value
@@ -708,7 +719,7 @@ def whole_step() -> Iterator[None]:
     try:
         yield
     finally:
-        if usual:
+        if usual is not None:
             signal.signal(signal.SIGINT, usual)
     if pressed:
         raise KeyboardInterrupt

@@ -36,6 +36,7 @@ from ibllm.config import (
 from ibllm.encoders import ImageBind, encoder_fingerprint
 from ibllm.llama import GatedInjection, base_model
 from ibllm.model import ALPACA, ImageBindLLM, load, mix, prompt_ids, prompt_text, read_messages
+from ibllm.objectives import count_trainable, prepare_stage_two
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -778,6 +779,55 @@ def test_merged_lora_is_not_saved(tmp_path):
         model.save_pretrained(tmp_path)
 
 
+def test_adapters_that_would_be_lost_are_not_saved(tmp_path):
+    bare, several = make_model(), make_model()
+    get_peft_model(bare.llm, LoraConfig(r=2, target_modules=["q_proj"]))  # the wrapper is dropped
+    several.llm = get_peft_model(several.llm, LoraConfig(r=2, target_modules=["q_proj"]))
+    several.llm.add_adapter("two", LoraConfig(r=2, target_modules=["k_proj"]))
+    for model, got in ((bare, "LoRA in a model without PEFT"), (several, "adapters .*two")):
+        with pytest.raises(ValueError, match=f"^llm: got {got}"):
+            model.save_pretrained(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_lora_merged_into_a_value_matrix_for_good_is_refused(tmp_path):
+    model = make_model()
+    lora = LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    model.llm = get_peft_model(model.llm, lora).eval()
+    before = model.answer(features(1), "what is this ?")
+    model.llm.merge_and_unload()  # what this returns is the same model, unwrapped
+    message = "LoRA merged into|value matrices other than"
+    with pytest.raises(ValueError, match=message):
+        model.answer(features(1), "what is this ?")
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path)
+    assert before
+
+
+def test_weights_that_are_loaded_or_learned_are_the_models_own():
+    first, second = make_model(), make_model()
+    torch.nn.init.normal_(first.llm.model.layers[0].self_attn.v_proj.weight)
+    second.load_state_dict(first.state_dict())
+    same(first, second)
+    second.llm.model.layers[0].self_attn.v_proj.weight.data.mul_(1.5)  # it may learn
+    assert second.answer(features(1), "what is this ?")
+    second.llm.requires_grad_(False)
+    with pytest.raises(ValueError, match="value matrices other than"):
+        second.answer(features(1), "what is this ?")
+
+
+def test_a_loaded_model_is_tuned_further(tmp_path):
+    model = make_model()
+    tuned = prepare_stage_two(model.llm, model.bind, model.injection, rank=2)
+    model.llm = tuned.llm
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    further = prepare_stage_two(again.llm, again.bind, again.injection, rank=2)
+    assert further.llm is again.llm and count_trainable(further) == count_trainable(tuned)
+    again.save_pretrained(tmp_path)
+    same(load(tmp_path), model)
+
+
 def test_quantised_weights_are_not_saved(tmp_path):
     model = make_model()
     model.llm.is_quantized = True  # as transformers marks them
@@ -872,7 +922,8 @@ class Hub:
     def create_repo(self, name, private=None, exist_ok=False):
         self.asked.append(("create", name, private, exist_ok))
 
-    def upload_folder(self, repo_id, folder_path, **options):
+    def upload_folder(self, repo_id, folder_path, delete_patterns, **options):
+        self.deleted = delete_patterns
         self.asked.append(("upload", repo_id, options))
         shutil.copytree(folder_path, self.folder)
         return f"https://hub/{repo_id}/commit"
@@ -899,6 +950,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(hub, cached):
         ("create", "me/bells", True, True),
         ("upload", "me/bells", {"commit_message": "new"}),
     ]
+    assert {"lora/*", "cache.index", "whitenings.safetensors"} <= set(hub.deleted)
     card = (hub.folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: ibllm\n") and "| kind of sounds | 0.99 |" in card
     assert "image, video, text, audio, imu" in card and "| visual cache | 30 features |" in card

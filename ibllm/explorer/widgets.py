@@ -326,7 +326,9 @@ class MapPanel(VBox):
         self.colour.observe(lambda change: self.recolour(change["new"]), names="value")
         self.button.on_click(self._choose_number)
 
-    def _at_point(self, act: Callable[[int], None], first: int, _: Any, points: Any, *__) -> None:
+    def _at_point(
+        self, act: Callable[[int], None], first: int, _: Any, points: Any, *__: Any
+    ) -> None:
         "Let `act` have the recording at `points`, in the trace that begins with number `first`."
         for i in points.point_inds[:1]:
             act(first + i)

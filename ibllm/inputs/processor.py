@@ -20,12 +20,13 @@ from .image import load_image
 from .imu import load_imu
 from .maps import load_depth, load_thermal
 from .point import load_point
-from .sources import PUBLISHED, Source
+from .sources import Source
 from .text import load_text
 from .video import load_video
 
 if TYPE_CHECKING:  # only text needs it
     from transformers import PreTrainedTokenizerBase
+import shutil
 
 # %% ../../nbs/inputs/08_processor.ipynb #0dcf3455
 LOADERS: dict[str, Callable[..., Tensor]] = {
@@ -47,15 +48,16 @@ TOKENIZER_FOLDER = "text_tokenizer"
 class Processor:
     """Turns a source of any modality into the tensor its encoder takes.
 
-    `config` says every size, rate and unit; `tokenizer` is the text encoder's, and without one,
-    text is refused."""
+    `config` says every size, rate and unit; None is the published system's. `tokenizer` is the text
+    encoder's, and without one, text is refused."""
 
     def __init__(
         self,
-        config: InputConfig = PUBLISHED,
+        config: InputConfig | None = None,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
     ) -> None:
-        self.config, self.tokenizer = config, tokenizer
+        self.config = InputConfig() if config is None else config
+        self.tokenizer = tokenizer
 
     def __call__(self, modality: str, source: Source) -> Tensor:
         """The tensor [B, ...] of one source, of a list of sources, or of an array of many.
@@ -71,8 +73,10 @@ class Processor:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the processor to `folder`, which is made if need be, for `from_pretrained` to read.
 
-        Raises TypeError or ValueError for what is no path, OSError if nothing can be written."""
+        Raises TypeError or ValueError for what is no path, OSError if nothing can be written.
+        """
         folder = make_folder(folder)
+        shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
         text = json.dumps(self.config.to_dict(), indent=2) + "\n"
