@@ -11,7 +11,8 @@ from test_repository import FILES, ROOT
 
 CLASSES = {
     "ibllm.model.ImageBindLLM": (
-        "answer card chat embed enhance forward from_pretrained gated_values generate prepare "
+        "answer card chat embed enhance forward from_pretrained gated_values generate "
+        "gradient_checkpointing_enable prepare "
         "push_to_hub request save_pretrained stream tokenize train"
     ),
     "ibllm.cache.VisualCache": "build check_encoder enhance load retrieve save search to",
